@@ -1,0 +1,20 @@
+"""The errors kvjax raises on bad input.
+
+Each carries one line that says what is wrong and what would be right. The command line prints that line and exits with code 2.
+"""
+
+
+class KvjaxError(Exception):
+    """Base of every error that a user of kvjax can cause."""
+
+
+class SpecError(KvjaxError, ValueError):
+    """A strategy, store, model name or option that does not exist or does not fit the others."""
+
+
+class ModelError(KvjaxError):
+    """A checkpoint that cannot be loaded: unsupported, incomplete, of the wrong shape, or in an unsafe format."""
+
+
+class InputError(KvjaxError, ValueError):
+    """Tokens, prompts or lengths that the model cannot take."""

@@ -1,0 +1,221 @@
+"""The decoder: one Flax linen module for every family, holding parameters and nothing else.
+
+    logits, kv = Decoder(config).apply(params, tokens, kv, step)
+
+The KV state is a value that goes in and comes out. How attention touches it is the business of `step` (kvjax.cache.steps): the
+decoder asks it for the positions of the tokens, and per layer for attention over them.
+
+Weight matrices are stored `[out, in]`, as in Hugging Face checkpoints. On a CPU this orientation is also the faster one for the thin
+matrix products of batched decoding.
+"""
+
+from typing import Protocol, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvjax.models.config import OPT_POSITION_OFFSET, Activation, Llama3Scaling, ModelConfig, Norm, Rope
+
+KV = TypeVar("KV")
+
+
+class Step(Protocol[KV]):
+    """What one call of the decoder does with the cache."""
+
+    def positions(self, kv: KV, num_tokens: int) -> Int[Array, "B S"]:
+        """True position of every token of this call."""
+        ...
+
+    def attend(
+        self, layer: int, q: Float[Array, "B S H D"], k: Float[Array, "B S Hkv D"], v: Float[Array, "B S Hkv D"], kv: KV
+    ) -> tuple[Float[Array, "B S H D"], KV]:
+        """Store `k` and `v` (keys already rotated) and attend; q is not scaled yet."""
+        ...
+
+    def hidden(self, x: Float[Array, "B S M"]) -> Float[Array, "B T M"]:
+        """The positions whose logits are wanted."""
+        ...
+
+    def finish(self, kv: KV, num_tokens: int) -> KV:
+        """The state after all layers have seen the tokens."""
+        ...
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer (see ModelConfig for the families it covers)."""
+
+    config: ModelConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B S"], kv: KV, step: Step[KV]) -> tuple[Float[Array, "B T V"], KV]:
+        """Runs `tokens` through every layer.
+
+        Returns float32 logits for the positions `step.hidden` selects, and the new KV state.
+        """
+        config = self.config
+        width = config.embedding_size or config.hidden_size
+        table = self.param("embed", nn.initializers.normal(0.02), (config.vocab_size, width), self.dtype)
+        x = table[tokens]
+        if width != config.hidden_size:
+            x = Linear(config.hidden_size, False, self.dtype, name="project_in")(x)
+
+        positions = step.positions(kv, tokens.shape[1])
+        if config.rope is None:
+            shape = (config.max_position_rows, config.hidden_size)
+            x += self.param("embed_positions", nn.initializers.normal(0.02), shape, self.dtype)[positions + OPT_POSITION_OFFSET]
+            rotation = None
+        else:
+            rotation = rope_angles(config.rope, config.head_dim, positions)
+
+        for i in range(config.num_layers):
+            x, kv = Block(config, i, self.dtype, name=f"layer_{i}")(x, rotation, kv, step)
+        kv = step.finish(kv, tokens.shape[1])
+
+        x = step.hidden(x)
+        if config.norm_first:
+            x = Normalise(config, self.dtype, name="final_norm")(x)
+        if width != config.hidden_size:
+            x = Linear(width, False, self.dtype, name="project_out")(x)
+        with jax.named_scope("lm_head"):
+            head = table
+            if not config.tie_embeddings:
+                head = self.param("lm_head", nn.initializers.normal(0.02), (config.vocab_size, width), self.dtype)
+            logits = jnp.einsum("bsm,vm->bsv", x, head, preferred_element_type=jnp.float32)
+        return logits, kv
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with its norm and residual."""
+
+    config: ModelConfig
+    layer: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, rotation, kv, step):
+        first = self.config.norm_first
+        attention_norm = Normalise(self.config, self.dtype, name="attention_norm")
+        mlp_norm = Normalise(self.config, self.dtype, name="mlp_norm")
+
+        out, kv = Attention(self.config, self.layer, self.dtype, name="attention")(
+            attention_norm(x) if first else x, rotation, kv, step
+        )
+        x = x + out if first else attention_norm(x + out)
+        out = Mlp(self.config, self.dtype, name="mlp")(mlp_norm(x) if first else x)
+        x = x + out if first else mlp_norm(x + out)
+        return x, kv
+
+
+class Attention(nn.Module):
+    """Projections around `step.attend`; the only place where a layer meets the cache."""
+
+    config: ModelConfig
+    layer: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, rotation, kv, step):
+        config = self.config
+
+        def project(name: str, heads: int):
+            y = Linear(heads * config.head_dim, config.qkv_bias, self.dtype, name=name)(x)
+            return y.reshape(*y.shape[:-1], heads, config.head_dim)
+
+        q, k, v = project("q", config.num_heads), project("k", config.num_kv_heads), project("v", config.num_kv_heads)
+        if config.qk_norm:
+            q = rms_norm(q, self.param("q_norm", nn.initializers.ones, (config.head_dim,), self.dtype), config.norm_eps)
+            k = rms_norm(k, self.param("k_norm", nn.initializers.ones, (config.head_dim,), self.dtype), config.norm_eps)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+
+        out, kv = step.attend(self.layer, q, k, v, kv)
+        out = out.reshape(*out.shape[:-2], config.num_heads * config.head_dim)
+        return Linear(config.hidden_size, config.output_bias, self.dtype, name="o")(out), kv
+
+
+class Mlp(nn.Module):
+    """SiLU-gated (Llama) or ReLU (OPT)."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        config = self.config
+        up = Linear(config.intermediate_size, config.mlp_bias, self.dtype, name="up")(x)
+        if config.activation is Activation.SILU_GATED:
+            up = nn.silu(Linear(config.intermediate_size, config.mlp_bias, self.dtype, name="gate")(x)) * up
+        else:
+            up = nn.relu(up)
+        return Linear(config.hidden_size, config.mlp_bias, self.dtype, name="down")(up)
+
+
+class Linear(nn.Module):
+    """y = x W^T + b with W stored `[out, in]`."""
+
+    features: int
+    bias: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        weight = self.param("weight", nn.initializers.lecun_normal(in_axis=-1, out_axis=-2), (self.features, x.shape[-1]), self.dtype)
+        y = jnp.einsum("...i,oi->...o", x, weight)
+        if self.bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+        return y
+
+
+class Normalise(nn.Module):
+    """RMSNorm or LayerNorm over the hidden size, computed in float32."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
+        if self.config.norm is Norm.RMS:
+            return rms_norm(x, scale, self.config.norm_eps)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.dtype)
+        wide = x.astype(jnp.float32)
+        wide -= wide.mean(-1, keepdims=True)
+        wide *= jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.config.norm_eps)
+        return wide.astype(x.dtype) * scale + bias
+
+
+def rms_norm(x: Float[Array, "... M"], scale: Float[Array, " M"], eps: float) -> Float[Array, "... M"]:
+    """x / rms(x) * scale, the mean square taken in float32."""
+    wide = x.astype(jnp.float32)
+    wide *= jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * scale
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> Float[Array, " half"]:
+    """Radians per position for each pair of a head's two halves."""
+    frequency = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if rope.scaling is None:
+        return frequency
+    if not isinstance(rope.scaling, Llama3Scaling):
+        return frequency / rope.scaling.factor
+    scaling = rope.scaling
+    turns = scaling.original_max_position * frequency / (2 * jnp.pi)  # rotations inside the original context
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = jnp.clip(smooth, 0.0, 1.0)  # 0: stretch fully (slow pairs), 1: leave alone (fast pairs)
+    return frequency * (smooth + (1 - smooth) / scaling.factor)
+
+
+def rope_angles(rope: Rope, head_dim: int, positions: Int[Array, "B S"]) -> tuple[Float[Array, "B S 1 half"], Float[Array, "B S 1 half"]]:
+    """Cosine and sine of every rotation, float32, with an axis for the heads."""
+    angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "B S H D"], rotation) -> Float[Array, "B S H D"]:
+    """Applies RoPE: pairs are (i, i + D/2)."""
+    cos, sin = rotation
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
