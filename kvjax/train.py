@@ -99,8 +99,8 @@ class Recipe:
 
 
 RECIPES = {
-    "kvjax-1m": Recipe((Stage(64, 64, 2000), Stage(128, 32, 3000), Stage(384, 12, 1500), Stage(1280, 4, 1000))),
-    "kvjax-4m": Recipe((Stage(64, 64, 1500), Stage(128, 32, 2000), Stage(384, 12, 1200), Stage(1280, 4, 800))),
+    "kvjax-1m": Recipe((Stage(64, 64, 1200), Stage(128, 32, 1200), Stage(384, 12, 800), Stage(1280, 4, 600))),
+    "kvjax-4m": Recipe((Stage(64, 64, 900), Stage(128, 32, 900), Stage(384, 12, 600), Stage(1280, 4, 400)), learning_rate=6e-3),
 }
 
 

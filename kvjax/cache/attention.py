@@ -1,8 +1,12 @@
 """Attention in plain JAX: what the stores compute with on a CPU, and the definition every kernel is tested against."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+GroupMass = Callable[[Float[Array, "... G Q K"]], Float[Array, "... K"]]
 
 NEG_INF = -1e30  # finite, so that a row with nothing to see gives a uniform softmax and not NaN
 
@@ -24,3 +28,80 @@ def causal_attention(
     probs = jax.nn.softmax(jnp.where(visible, logits, NEG_INF), axis=-1)
     out = jnp.einsum("bngqk,bknd->bqngd", probs.astype(v.dtype), v)
     return out.reshape(batch, length, heads, dim)
+
+
+def prompt_attention(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B S Hkv D"],
+    v: Float[Array, "B S Hkv D"],
+    query_valid: Bool[Array, "B S"],
+    group_mass: GroupMass | None = None,
+    block: int = 256,
+) -> tuple[Float[Array, "B S H D"], Float[Array, "B Hkv S"] | None]:
+    """Causal attention over a prompt, one block of queries at a time; keys after a block are not touched.
+
+    Args:
+      query_valid: queries that count in the statistics (padding does not).
+      group_mass: how the probabilities [B, Hkv, G, Q, K] of a block become attention mass per key [B, Hkv, K]; None: no statistics.
+
+    Returns:
+      The output, and the attention mass of every key summed over the valid queries (H2O's score of a prompt, arXiv:2306.14048 section 4).
+
+    Memory is O(S * block). While a block is at hand its rows are complete, so its probabilities are final and their column sums cost one more
+    pass over a block that is still in cache, not a second computation of all scores.
+    """
+    batch, length, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    q = (q * dim**-0.5).reshape(batch, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)  # [B, Hkv, G, S, D]
+    k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # [B, Hkv, D, S] and [B, Hkv, S, D]
+    outs, mass = [], None if group_mass is None else jnp.zeros((batch, kv_heads, length), jnp.float32)
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+        out, probs = _attend_block(q[..., start:end, :], k[..., :end], v[..., :end, :], visible)
+        outs.append(out)
+        if group_mass is not None:
+            counted = jnp.where(query_valid[:, None, None, start:end, None], probs, 0)
+            mass = mass.at[..., :end].add(group_mass(counted))
+    out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, length, heads, dim), mass
+
+
+def chunk_attention(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B K Hkv D"],
+    v: Float[Array, "B K Hkv D"],
+    query_position: Int[Array, "B S"],
+    key_position: Int[Array, "B h K"],
+    query_valid: Bool[Array, "B S"],
+    group_mass: GroupMass | None = None,
+    block: int = 256,
+) -> tuple[Float[Array, "B S H D"], Float[Array, "B Hkv K"] | None]:
+    """Attention of a later chunk of a prompt over what the cache holds and the chunk itself.
+
+    Args:
+      key_position: true position of every key, -1 where there is none; a query sees the keys at or before its own position.
+      query_valid, group_mass, block: as in `prompt_attention`.
+    """
+    batch, length, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    q = (q * dim**-0.5).reshape(batch, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
+    k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+    seen = key_position[:, :, None, None]
+    outs, mass = [], None if group_mass is None else jnp.zeros((batch, kv_heads, k.shape[-1]), jnp.float32)
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        visible = (seen >= 0) & (seen <= query_position[:, None, None, start:end, None])
+        out, probs = _attend_block(q[..., start:end, :], k, v, visible)
+        outs.append(out)
+        if group_mass is not None:
+            mass += group_mass(jnp.where(query_valid[:, None, None, start:end, None], probs, 0))
+    out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, length, heads, dim), mass
+
+
+def _attend_block(q, k, v, visible):
+    """One block of queries: output and float32 probabilities."""
+    logits = jnp.einsum("bngqd,bndk->bngqk", q, k, preferred_element_type=jnp.float32)
+    probs = jax.nn.softmax(jnp.where(visible, logits, NEG_INF), axis=-1)
+    return jnp.einsum("bngqk,bnkd->bngqd", probs.astype(v.dtype), v), probs

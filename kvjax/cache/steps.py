@@ -3,9 +3,12 @@
 import dataclasses
 
 import jax
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.attention import causal_attention
+from kvjax.cache.state import KVState
+from kvjax.cache.strategy import Strategy
 
 
 @jax.tree_util.register_dataclass
@@ -33,3 +36,65 @@ class Forward:
 
     def finish(self, kv: None, num_tokens: int) -> None:
         return kv
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """A prompt, or the next chunk of it, right-padded. Logits come for each row's last valid token only.
+
+    Attributes:
+      num_valid: tokens of this call that are part of the row's prompt.
+      strategy: what attends and keeps (static).
+      first: the cache is empty (static).
+      context: no row is longer than this after the call (static; None: no bound).
+    """
+
+    num_valid: Int[Array, " B"]
+    strategy: Strategy = dataclasses.field(metadata=dict(static=True))
+    first: bool = dataclasses.field(default=True, metadata=dict(static=True))
+    context: int | None = dataclasses.field(default=None, metadata=dict(static=True))
+
+    def positions(self, kv: KVState, num_tokens: int) -> Int[Array, "B S"]:
+        return kv.length[:, None] + jnp.arange(num_tokens)
+
+    def attend(self, layer, q, k, v, kv: KVState):
+        valid = jnp.arange(q.shape[1]) < self.num_valid[:, None]
+        with jax.named_scope("prefill"):
+            out, state = self.strategy.prefill(kv.layers[layer], q, k, v, kv, valid, self.first, self.context)
+        return out, kv.with_layer(layer, state)
+
+    def hidden(self, x: Float[Array, "B S M"]) -> Float[Array, "B 1 M"]:
+        last = jnp.maximum(self.num_valid - 1, 0)[:, None, None]
+        return jnp.take_along_axis(x, last, axis=1)
+
+    def finish(self, kv: KVState, num_tokens: int) -> KVState:
+        return dataclasses.replace(kv, length=kv.length + self.num_valid)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """One new token per row.
+
+    Attributes:
+      active: rows that take part; the others, their cache included, stay as they are.
+      strategy: what attends and keeps (static).
+    """
+
+    active: Bool[Array, " B"]
+    strategy: Strategy = dataclasses.field(metadata=dict(static=True))
+
+    def positions(self, kv: KVState, num_tokens: int) -> Int[Array, "B 1"]:
+        return kv.length[:, None]
+
+    def attend(self, layer, q, k, v, kv: KVState):
+        with jax.named_scope("decode"):
+            out, state = self.strategy.decode(kv.layers[layer], q, k, v, kv, self.active)
+        return out, kv.with_layer(layer, state)
+
+    def hidden(self, x: Float[Array, "B 1 M"]) -> Float[Array, "B 1 M"]:
+        return x
+
+    def finish(self, kv: KVState, num_tokens: int) -> KVState:
+        return dataclasses.replace(kv, length=kv.length + self.active)

@@ -1,0 +1,11 @@
+"""Policies: which tokens are kept and read. One file each."""
+
+from kvjax.cache.policies.base import PROTECTED, Amount, Policy, Slots, spec_name, tokens
+from kvjax.cache.policies.full import Full
+from kvjax.cache.policies.h2o import H2O
+from kvjax.cache.policies.oracle_topk import OracleTopK
+from kvjax.cache.policies.streaming import Streaming
+
+POLICIES: dict[str, type[Policy]] = {spec_name(p): p for p in (Full, Streaming, H2O, OracleTopK)}
+
+__all__ = ["POLICIES", "PROTECTED", "Amount", "Full", "H2O", "OracleTopK", "Policy", "Slots", "Streaming", "spec_name", "tokens"]

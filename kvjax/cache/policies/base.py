@@ -1,0 +1,115 @@
+"""What a policy is: which tokens are kept, and which of them are read."""
+
+import dataclasses
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.errors import SpecError
+
+Amount = int | float
+"""A budget: an int is tokens, a float is a fraction of the prompt."""
+
+PROTECTED = float("inf")
+"""The priority of a slot that must not be evicted."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """What a policy sees when it ranks slots.
+
+    Attributes:
+      position: true position of each slot's token; undefined where the slot is empty.
+      score: the policy's statistic.
+      length: tokens seen so far, the newest has position `length - 1`.
+      prompt_length: tokens of the prompt.
+    """
+
+    position: Int[Array, "B h C"]
+    score: Float[Array, "B h C"] | None
+    length: Int[Array, "B 1 1"]
+    prompt_length: Int[Array, "B 1 1"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Keeps everything and reads everything; subclasses override what they change.
+
+    A policy is a frozen dataclass of plain numbers and strings, so that it is hashable and static under jit; its methods are pure.
+
+    Class attributes:
+      observes: the policy wants the attention mass of every key, summed over queries (`observe`).
+      per_head: each kv head keeps its own tokens; False shares one choice, and its metadata, among all heads.
+      evicts_in_decode: after the prompt, the kept set stays within the budget; False appends every new token.
+    """
+
+    observes: ClassVar[bool] = False
+    per_head: ClassVar[bool] = True
+    evicts_in_decode: ClassVar[bool] = True
+
+    @property
+    def keeps_score(self) -> bool:
+        """Whether slots carry a statistic: when mass is observed or tokens start with a score of their own."""
+        return self.observes or type(self).initial_score is not Policy.initial_score
+
+    def budget(self, prompt_length: Any) -> Any:
+        """Tokens kept per kv head once the prompt is in: an int for an int, an array for an array. None: all of them, for ever."""
+        return None
+
+    def initial_score(self, k: Float[Array, "B S Hkv D"], v: Float[Array, "B S Hkv D"]) -> Float[Array, "B Hkv S"]:
+        """The statistic of tokens that were just stored, before any attention to them is observed."""
+        return jnp.zeros((k.shape[0], k.shape[2], k.shape[1]), jnp.float32)
+
+    def group_mass(self, probs: Float[Array, "... G Q C"]) -> Float[Array, "... C"]:
+        """Attention mass per key from the probabilities of the G query heads of one kv head (queries that do not count are zero)."""
+        return probs.sum((-3, -2))
+
+    def observe(self, score: Float[Array, "B h C"], mass: Float[Array, "B h C"]) -> Float[Array, "B h C"]:
+        """The statistic after a step in which the keys received `mass`."""
+        return score + mass
+
+    def priority(self, slots: Slots) -> Float[Array, "B h C"]:
+        """What to keep: the higher stays, PROTECTED always does; between equals the lower position stays."""
+        raise NotImplementedError(f"{type(self).__name__} has a budget, so it must rank slots: define priority(slots)")
+
+    def readable(self, logits: Float[Array, "B Hkv G C"], prompt_length: Int[Array, " B"]) -> Bool[Array, "B Hkv 1 C"] | None:
+        """Which stored tokens a decode step reads, given the true logits (NEG_INF where nothing is stored). None: all."""
+        return None
+
+    def describe(self) -> str:
+        """The spec string that makes this policy."""
+        arguments = ",".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
+        return f"{spec_name(type(self))}({arguments})" if arguments else spec_name(type(self))
+
+
+def spec_name(policy: type[Policy]) -> str:
+    """The name a policy has in spec strings: `name` if the class defines it, else the class name in lower case."""
+    return getattr(policy, "name", policy.__name__.lower())
+
+
+def tokens(amount: Amount, prompt_length: Any) -> Any:
+    """An amount in tokens, for an int or an array of prompt lengths. A fraction rounds down, but to no less than one token.
+
+    Fractions are held as ratios with a denominator up to 1,000, so that 0.1 of 2,050 is 205 and not 204 by a rounding error.
+    """
+    if isinstance(amount, int):
+        return amount if isinstance(prompt_length, int) else jnp.full_like(prompt_length, amount)
+    ratio = Fraction(amount).limit_denominator(1000)
+    share = prompt_length * ratio.numerator // ratio.denominator
+    if ratio == 0:
+        return share
+    return max(share, 1) if isinstance(share, int) else jnp.maximum(share, 1)
+
+
+def check_amount(owner: str, name: str, amount: Amount) -> None:
+    """Raises SpecError unless `amount` is a number of tokens >= 0 or a fraction in [0, 1]."""
+    if isinstance(amount, bool) or not isinstance(amount, int | float):
+        raise SpecError(f"{owner}: {name}={amount!r} is not a number; give an int (tokens) or a float (fraction of the prompt)")
+    if isinstance(amount, int) and amount < 0:
+        raise SpecError(f"{owner}: {name}={amount} is negative; give tokens >= 0 or a fraction between 0 and 1")
+    if isinstance(amount, float) and not 0.0 <= amount <= 1.0:
+        raise SpecError(f"{owner}: {name}={amount} is not a fraction between 0 and 1; write an int ({round(amount)}) for tokens")

@@ -1,0 +1,61 @@
+"""Heavy-hitter oracle (H2O, arXiv:2306.14048): keep the recent tokens and those that attention has dwelt on."""
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kvjax.cache.policies.base import PROTECTED, Amount, Policy, Slots, check_amount, tokens
+from kvjax.errors import SpecError
+
+GroupReduction = Literal["sum", "first", "max"]
+
+
+@dataclasses.dataclass(frozen=True)
+class H2O(Policy):
+    """Keeps the last `recent` tokens and, of the older ones, the `heavy` with the largest accumulated attention.
+
+    A token's score is the sum, in float32, of the attention probability it received from every query since it was stored (section 4 of
+    the paper: the sum, not the mean, which would forget less and does worse, App. B.2). The score of an evicted token is gone with it.
+
+    Attributes:
+      heavy, recent: tokens, or fractions of the prompt; the paper's setting is 0.1 and 0.1.
+      decode: evict during decoding too (the paper). False compresses the prompt once and then keeps every generated token, which is what
+        many reimplementations measure.
+      group: how the query heads of one kv head are joined, which the paper, being about multi-head attention, leaves open: their sum, the
+        first one alone, or per query the largest.
+    """
+
+    heavy: Amount = 0.1
+    recent: Amount = 0.1
+    decode: bool = True
+    group: GroupReduction = "sum"
+
+    observes = True
+
+    def __post_init__(self):
+        check_amount("h2o", "heavy", self.heavy)
+        check_amount("h2o", "recent", self.recent)
+        if not self.heavy and not self.recent:
+            raise SpecError("h2o: heavy=0 and recent=0 keep nothing; give at least one of them, for example h2o(heavy=0.1,recent=0.1)")
+        if self.group not in get_args(GroupReduction):
+            raise SpecError(f"h2o: group={self.group!r} does not exist; choose from {', '.join(get_args(GroupReduction))}")
+
+    @property
+    def evicts_in_decode(self) -> bool:  # type: ignore[override]
+        return self.decode
+
+    def budget(self, prompt_length: Any) -> Any:
+        return tokens(self.heavy, prompt_length) + tokens(self.recent, prompt_length)
+
+    def group_mass(self, probs: Float[Array, "... G Q C"]) -> Float[Array, "... C"]:
+        if self.group == "first":
+            return probs[..., 0, :, :].sum(-2)
+        if self.group == "max":
+            return probs.max(-3).sum(-2)
+        return probs.sum((-3, -2))
+
+    def priority(self, slots: Slots):
+        is_recent = slots.position >= slots.length - tokens(self.recent, slots.prompt_length)
+        return jnp.where(is_recent, PROTECTED, slots.score)

@@ -1,0 +1,68 @@
+"""Spec strings: `h2o(heavy=0.1,recent=0.1)` and the strategy it names."""
+
+import ast
+import dataclasses
+
+from kvjax.cache.policies import POLICIES, Policy
+from kvjax.cache.stores import STORES
+from kvjax.cache.strategy import Strategy
+from kvjax.errors import SpecError
+
+
+def parse_strategy(spec: str, store: str = "dense") -> Strategy:
+    """The strategy that a spec string names: a policy name, optionally with keyword arguments.
+
+    An int is tokens, a float is a fraction of the prompt. Raises SpecError with what exists.
+    """
+    if store not in STORES:
+        raise SpecError(f"unknown store {store!r}; choose from {', '.join(STORES)}")
+    return Strategy(parse_policy(spec), STORES[store]())
+
+
+def parse_policy(spec: str) -> Policy:
+    """The policy part of `parse_strategy`."""
+    problem = SpecError(f"cannot read strategy {spec!r}; write a name, or a name with arguments like h2o(heavy=0.1,recent=0.1)")
+    try:
+        tree = ast.parse(spec.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise problem from None
+    arguments: dict[str, object] = {}
+    if isinstance(tree, ast.Call):
+        if tree.args or any(keyword.arg is None for keyword in tree.keywords):
+            raise SpecError(f"strategy {spec!r}: arguments need names, like h2o(heavy=0.1,recent=0.1)")
+        for keyword in tree.keywords:
+            arguments[str(keyword.arg)] = _value(keyword.value, spec)
+        tree = tree.func
+    if not isinstance(tree, ast.Name):
+        raise problem
+    kind = POLICIES.get(tree.id)
+    if kind is None:
+        raise SpecError(f"unknown strategy {tree.id!r}; choose from {', '.join(POLICIES)}")
+    known = [field.name for field in dataclasses.fields(kind)]
+    if unknown := [name for name in arguments if name not in known]:
+        takes = f"it takes {', '.join(known)}" if known else "it takes no arguments"
+        raise SpecError(f"strategy {tree.id} has no argument {unknown[0]!r}; {takes}")
+    return kind(**arguments)
+
+
+def split_specs(text: str) -> list[str]:
+    """Splits `full,h2o(heavy=8,recent=8)` at the commas outside parentheses."""
+    parts, depth, current = [], 0, ""
+    for char in text:
+        depth += (char == "(") - (char == ")")
+        if char == "," and depth == 0:
+            parts.append(current)
+            current = ""
+        else:
+            current += char
+    return [part.strip() for part in (*parts, current) if part.strip()]
+
+
+def _value(node: ast.expr, spec: str) -> object:
+    """A number, a quoted or bare word, True or False."""
+    if isinstance(node, ast.Name):
+        return node.id
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise SpecError(f"strategy {spec!r}: an argument is a number, a word, True or False") from None

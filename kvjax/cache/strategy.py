@@ -1,0 +1,294 @@
+"""A strategy: a policy (which tokens) over a store (where their bytes live), as pure functions over the KV state.
+
+The decoder meets it per layer, in `prefill` and `decode`; around them stand `init` (allocate), `stage` and `settle` (a prompt that comes in
+chunks but is compressed only once it is complete).
+
+What happens to a prompt:
+  whole    one call sees it all; each layer attends, then keeps what the policy keeps. Only one layer's full keys and values exist at a time.
+  staged   chunks go into a state that holds everything (`stage`), statistics add up, `settle` compresses. Same result as whole.
+  bounded  after every chunk the kept set is cut back to the budget. Memory never exceeds the budget plus one chunk of one layer; the result is
+           an approximation, because a token may be dropped before the queries that would have wanted it were seen.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.cache.attention import chunk_attention, prompt_attention
+from kvjax.cache.policies import Policy, Slots
+from kvjax.cache.state import CacheShape, KVState, LayerState
+from kvjax.cache.stores import DenseStore
+from kvjax.errors import InputError, SpecError
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """Static under jit; all state is in the KVState."""
+
+    policy: Policy
+    store: DenseStore = DenseStore()
+
+    def __post_init__(self):
+        if self.policy.keeps_score and not self.policy.per_head:
+            raise SpecError(f"{self.policy.describe()}: a policy that keeps scores keeps them per kv head; set per_head = True")
+
+    def describe(self) -> str:
+        """The spec string, store included when it is not the default."""
+        return self.policy.describe()
+
+    def slots(self, prompt_length: int, max_length: int) -> int:
+        """Slots a row needs for a prompt of `prompt_length` tokens and `max_length` tokens in total.
+
+        A policy that evicts needs its budget and one slot for the token at hand, and no more than there will be tokens.
+        """
+        budget = self.policy.budget(prompt_length)
+        if budget is None:
+            return max_length
+        if self.policy.evicts_in_decode:
+            return min(budget + 1, max_length)
+        return min(budget, prompt_length) + max_length - prompt_length
+
+    def init(self, shape: CacheShape, prompt_lengths, max_prompt: int, max_new: int, fill: float = 0.0) -> KVState:
+        """An empty state for rows with these prompt lengths.
+
+        Args:
+          prompt_lengths: tokens of each row's prompt; [B] int.
+          max_prompt: at least the longest of them (static).
+          max_new: tokens each row may generate (static).
+          fill: what the memory holds before anything is written; tests use NaN.
+        """
+        lengths = jnp.asarray(prompt_lengths, jnp.int32)
+        capacity = self.slots(max_prompt, max_prompt + max_new)
+        batch = lengths.shape[0]
+        layers = []
+        for _ in range(shape.num_layers):
+            store = self.store.init(shape, batch, capacity, fill)
+            layers.append(LayerState(store) if self.policy.budget(1) is None else self._empty_slots(store, shape, batch, capacity, fill))
+        return KVState(tuple(layers), jnp.zeros_like(lengths), lengths)
+
+    def stage(self, shape: CacheShape, prompt_lengths, max_prompt: int, fill: float = 0.0) -> KVState:
+        """An empty state that holds a whole prompt and the policy's statistics, for `settle` to compress."""
+        lengths = jnp.asarray(prompt_lengths, jnp.int32)
+        batch = lengths.shape[0]
+        layers = []
+        for _ in range(shape.num_layers):
+            score = jnp.zeros((batch, shape.num_kv_heads, max_prompt), jnp.float32) if self.policy.keeps_score else None
+            layers.append(LayerState(self.store.init(shape, batch, max_prompt, fill), score=score))
+        return KVState(tuple(layers), jnp.zeros_like(lengths), lengths)
+
+    def settle(self, staged: KVState, empty: KVState) -> KVState:
+        """Compresses a staged prompt into the (bounded) state `empty`."""
+        batch = staged.length.shape[0]
+        layers = []
+        for source, target in zip(staged.layers, empty.layers, strict=True):
+            k, v = self.store.tokens(source.store, batch)
+            layers.append(self._keep_prompt(target, k, v, source.score, staged.length, staged.prompt_length))
+        return KVState(tuple(layers), staged.length, staged.prompt_length)
+
+    def prefill(
+        self,
+        layer: LayerState,
+        q: Float[Array, "B S H D"],
+        k: Float[Array, "B S Hkv D"],
+        v: Float[Array, "B S Hkv D"],
+        kv: KVState,
+        valid: Bool[Array, "B S"],
+        first: bool,
+        context: int | None = None,
+    ) -> tuple[Float[Array, "B S H D"], LayerState]:
+        """Attends to a prompt, or the next chunk of it, and keeps what the policy keeps.
+
+        Args:
+          layer: this layer of `kv`; with positions, it is cut to the budget now, without, it collects everything.
+          valid: tokens that are part of the prompt; a row's valid tokens come first.
+          first: nothing is in the cache yet (static).
+          context: no row is longer than this after the chunk (static; None: no bound but the capacity). Slots beyond are not read.
+        """
+        bounded = layer.position is not None
+        group_mass = self.policy.group_mass if self.policy.observes and (bounded or layer.score is not None) else None
+        if first:
+            with jax.named_scope("attend"):
+                out, mass = prompt_attention(q, k, v, valid, group_mass)
+            with jax.named_scope("evict" if bounded else "write"):
+                score = self._scored(k, v, mass)
+                if bounded:
+                    return out, self._keep_prompt(layer, k, v, score, valid.sum(-1), kv.prompt_length)
+                store = self.store.fill(layer.store, k, v, valid)
+                return out, dataclasses.replace(layer, store=store, score=_padded(score, layer.score))
+        if bounded:
+            return self._prefill_bounded(layer, q, k, v, kv, valid, group_mass)
+        with jax.named_scope("write"):
+            store = self.store.write_chunk(layer.store, kv.length, k, v, valid)
+        with jax.named_scope("attend"):
+            position = kv.length[:, None] + jnp.arange(q.shape[1])
+            slots = jnp.arange(min(context or self.store.capacity(store), self.store.capacity(store)))
+            stored = jnp.where(slots < (kv.length + valid.sum(-1))[:, None], slots, -1)[:, None]
+            keys, values = (x[:, : len(slots)] for x in self.store.tokens(store, q.shape[0]))
+            out, mass = chunk_attention(q, keys, values, position, stored, valid, group_mass)
+        score = layer.score
+        if score is not None:
+            score = _scatter(score, kv.length, self.policy.initial_score(k, v), valid)
+            score = score if mass is None else self.policy.observe(score, _padded(mass, score))
+        return out, dataclasses.replace(layer, store=store, score=score)
+
+    def decode(
+        self,
+        layer: LayerState,
+        q: Float[Array, "B 1 H D"],
+        k: Float[Array, "B 1 Hkv D"],
+        v: Float[Array, "B 1 Hkv D"],
+        kv: KVState,
+        active: Bool[Array, " B"],
+    ) -> tuple[Float[Array, "B 1 H D"], LayerState]:
+        """Writes the new token, attends, updates the statistics, chooses the next victim. Rows that are not active stay as they are."""
+        capacity = self.store.capacity(layer.store)
+        slot = kv.length[:, None] if layer.next_slot is None else layer.next_slot
+        with jax.named_scope("write"):
+            store = self.store.write(layer.store, jnp.minimum(slot, capacity - 1), k[:, 0], v[:, 0], active)
+            here = (jnp.arange(capacity) == slot[..., None]) & active[:, None, None]
+            position = None if layer.position is None else jnp.where(here, kv.length[:, None, None], layer.position)
+        with jax.named_scope("attend"):
+            visible = jnp.arange(capacity) <= slot[..., None] if position is None else position >= 0
+            out, probs = self.store.attend(store, q[:, 0], visible, lambda logits: self.policy.readable(logits, kv.prompt_length))
+        layer = dataclasses.replace(layer, store=store, position=position)
+        if position is not None:
+            with jax.named_scope("evict"):
+                layer = self._evict(layer, slot, here, k, v, probs, kv, active)
+        return out[:, None], layer
+
+    def _evict(self, layer: LayerState, slot, here, k, v, probs, kv: KVState, active) -> LayerState:
+        """After a token went into `slot`: update the scores, free a slot if the row is over its budget, name the next slot."""
+        policy, position, score = self.policy, layer.position, layer.score
+        length = kv.length + 1
+        if score is not None:
+            stored = jnp.where(here, self.policy.initial_score(k, v), score)
+            stored = policy.observe(stored, policy.group_mass(probs[..., None, :])) if policy.observes else stored
+            score = jnp.where(active[:, None, None], stored, score)
+        following = slot + 1
+        if policy.evicts_in_decode:
+            held = position >= 0
+            over = held.sum(-1) > policy.budget(kv.prompt_length)[:, None]
+            priority = policy.priority(Slots(position, score, length[:, None, None], kv.prompt_length[:, None, None]))
+            victim = lowest(jnp.where(held, priority, jnp.inf), jnp.where(held, position, -1))
+            following = jnp.where(over, victim, following)
+            freed = (jnp.arange(held.shape[-1]) == victim[..., None]) & over[..., None] & active[:, None, None]
+            position = jnp.where(freed, -1, position)
+        following = jnp.where(active[:, None], following, slot)
+        return dataclasses.replace(layer, position=position, score=score, next_slot=following)
+
+    def _prefill_bounded(self, layer: LayerState, q, k, v, kv: KVState, valid, group_mass):
+        """Attend to the kept slots and the chunk, then cut both together back to the budget."""
+        batch, size = valid.shape
+        position = kv.length[:, None] + jnp.arange(size)
+        fresh = jnp.broadcast_to(jnp.where(valid, position, -1)[:, None], (batch, layer.position.shape[1], size))
+        where = jnp.concatenate([layer.position, fresh], axis=-1)
+        held_k, held_v = self.store.tokens(layer.store, batch)
+        keys, values = jnp.concatenate([held_k.astype(k.dtype), k], 1), jnp.concatenate([held_v.astype(v.dtype), v], 1)
+        with jax.named_scope("attend"):
+            out, mass = chunk_attention(q, keys, values, position, where, valid, group_mass)
+        with jax.named_scope("evict"):
+            score = layer.score
+            if score is not None:
+                score = jnp.concatenate([score, self.policy.initial_score(k, v)], -1)
+                score = score if mass is None else self.policy.observe(score, mass)
+            kept = self._keep(layer, keys, values, score, where, kv.length + valid.sum(-1), kv.prompt_length)
+            going = valid.any(-1)
+            return out, jax.tree.map(lambda new, old: _select_rows(going, new, old), kept, layer)
+
+    def _keep_prompt(self, layer: LayerState, k, v, score, length, prompt_length) -> LayerState:
+        """Fills the layer from the first `length` tokens of (k, v), which stand in the order of their positions."""
+        index = jnp.arange(k.shape[1])
+        valid = index < length[:, None]
+        if layer.position is None:  # nothing is ever dropped
+            return dataclasses.replace(layer, store=self.store.fill(layer.store, k, v, valid))
+        position = jnp.broadcast_to(jnp.where(valid, index, -1)[:, None], (*layer.position.shape[:2], k.shape[1]))
+        return self._keep(layer, k, v, score, position, length, prompt_length)
+
+    def _keep(self, layer: LayerState, k, v, score, position, length, prompt_length) -> LayerState:
+        """Fills the layer's slots with the tokens the policy keeps, in the order of their positions."""
+        capacity = self.store.capacity(layer.store)
+        ranked = self.policy.priority(Slots(position, score, length[:, None, None], prompt_length[:, None, None]))
+        index = highest(ranked, position, self.policy.budget(prompt_length), capacity)
+        padded = jnp.pad(position, ((0, 0), (0, 0), (0, 1)), constant_values=-1)
+        kept = jnp.take_along_axis(padded, index, axis=-1)
+        if score is not None:
+            score = jnp.where(kept >= 0, jnp.take_along_axis(jnp.pad(score, ((0, 0), (0, 0), (0, 1))), index, axis=-1), 0)
+        next_slot = jnp.minimum((kept >= 0).sum(-1), capacity - 1).astype(jnp.int32)
+        return LayerState(self.store.fill_selected(layer.store, k, v, index), kept, score, next_slot)
+
+    def _scored(self, k, v, mass):
+        if not self.policy.keeps_score:
+            return None
+        score = self.policy.initial_score(k, v)
+        return score if mass is None else self.policy.observe(score, mass)
+
+    def _empty_slots(self, store, shape: CacheShape, batch: int, capacity: int, fill: float) -> LayerState:
+        heads = shape.num_kv_heads if self.policy.per_head else 1
+        return LayerState(
+            store=store,
+            position=jnp.full((batch, heads, capacity), -1, jnp.int32),
+            score=jnp.zeros((batch, heads, capacity), jnp.float32) if self.policy.keeps_score else None,
+            next_slot=jnp.zeros((batch, heads), jnp.int32),
+        )
+
+
+def highest(priority: Float[Array, "B h K"], position: Int[Array, "B h K"], budget: Int[Array, " B"], capacity: int) -> Int[Array, "B h C"]:
+    """Indices of each row's `budget` tokens of highest priority, in the order of their positions; K where a slot stays empty.
+
+    Empty candidates (position -1) are never chosen; between equal priorities the lower position wins.
+    """
+    size = position.shape[-1]
+    index = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), position.shape)
+    empty = position < 0
+    *_, where, order = jax.lax.sort((empty, -priority, position, index), num_keys=3)
+    rank = jnp.arange(min(capacity, size))
+    chosen = (where >= 0)[..., : len(rank)] & (rank < budget[:, None, None])
+    order = jnp.where(chosen, order[..., : len(rank)], size)
+    by_position = jnp.where(chosen, where[..., : len(rank)], jnp.iinfo(jnp.int32).max)
+    _, order = jax.lax.sort((by_position, order), num_keys=1)
+    return jnp.pad(order, ((0, 0), (0, 0), (0, capacity - len(rank))), constant_values=size)
+
+
+def lowest(priority: Float[Array, "B h C"], position: Int[Array, "B h C"]) -> Int[Array, "B h"]:
+    """The slot of lowest priority; between equals the one with the highest position."""
+    slots = jnp.broadcast_to(jnp.arange(position.shape[-1], dtype=jnp.int32), position.shape)
+
+    def worse(a, b):
+        first = (a[0] < b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
+        return tuple(jnp.where(first, x, y) for x, y in zip(a, b, strict=True))
+
+    start = (jnp.float32(jnp.inf), jnp.int32(-2), jnp.int32(0))
+    return jax.lax.reduce((priority, position, slots), start, worse, (2,))[2]
+
+
+def check_capacity(strategy: Strategy, kv: KVState, steps: int) -> None:
+    """Raises InputError when `steps` more tokens would not fit (a policy that evicts always has room). Reads the lengths: not for jit."""
+    layer = kv.layers[0]
+    if layer.next_slot is not None and strategy.policy.evicts_in_decode:
+        return
+    capacity = strategy.store.capacity(layer.store)
+    used = kv.length if layer.next_slot is None else layer.next_slot.max(-1)
+    if int(used.max()) + steps > capacity:
+        raise InputError(f"{steps} more tokens do not fit: {int(used.max())} of {capacity} slots are used; start with a larger max_new")
+
+
+def _padded(score, like):
+    return None if like is None else jnp.pad(score, ((0, 0), (0, 0), (0, like.shape[-1] - score.shape[-1])))
+
+
+def _scatter(score, start, new, valid):
+    """`score` with `new[..., s]` at `start + s` where valid."""
+    batch, heads, capacity = score.shape
+    slot = start[:, None] + jnp.arange(valid.shape[1])
+    slot = jnp.where(valid, slot, capacity + slot)[:, None]
+    rows, columns = jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
+    return score.at[rows, columns, slot].set(new, mode="drop", unique_indices=True)
+
+
+def _select_rows(going: Bool[Array, " B"], new: Any, old: Any):
+    """Rows of `new` where going, else of `old`; store arrays have B * Hkv rows."""
+    repeated = jnp.repeat(going, new.shape[0] // going.shape[0])
+    return jnp.where(repeated.reshape(-1, *[1] * (new.ndim - 1)), new, old)
