@@ -1,0 +1,17 @@
+"""kvjax: KV-cache strategies for LLM inference in JAX. Choose one, measure it, write your own.
+
+    model = kvjax.load_model("kvjax-4m")
+    kvjax.generate(model, ["import os\n"], strategy="h2o(heavy=0.1,recent=0.1)", max_new_tokens=64)
+    kvjax.score(model, token_ids, prompt_len=512, strategy="streaming(sinks=4,window=252)")
+"""
+
+from kvjax.cache import DenseStore, Policy, Slots, Strategy, parse_strategy
+from kvjax.errors import InputError, KvjaxError, ModelError, SpecError
+from kvjax.generation import Generation, PrefillPlan, generate, score, stream
+from kvjax.models import Model, load_model
+from kvjax.sampling import Sampling
+
+__all__ = [
+    "DenseStore", "Generation", "InputError", "KvjaxError", "Model", "ModelError", "Policy", "PrefillPlan", "Sampling", "Slots", "SpecError",
+    "Strategy", "generate", "load_model", "parse_strategy", "score", "stream",
+]  # fmt: skip

@@ -1,5 +1,6 @@
 """The KV cache: state, policies (which tokens), stores (where bytes live), strategies (both), the ledger."""
 
+from kvjax.cache.ledger import Ledger, Tier, ledger
 from kvjax.cache.policies import H2O, POLICIES, PROTECTED, Amount, Full, OracleTopK, Policy, Slots, Streaming, tokens
 from kvjax.cache.spec import parse_policy, parse_strategy, split_specs
 from kvjax.cache.state import CacheShape, KVState, LayerState
@@ -8,6 +9,6 @@ from kvjax.cache.stores import STORES, DenseStore
 from kvjax.cache.strategy import Strategy
 
 __all__ = [
-    "H2O", "POLICIES", "PROTECTED", "STORES", "Amount", "CacheShape", "Decode", "DenseStore", "Forward", "Full", "KVState", "LayerState",
-    "OracleTopK", "Policy", "Prefill", "Slots", "Strategy", "Streaming", "parse_policy", "parse_strategy", "split_specs", "tokens",
+    "H2O", "POLICIES", "PROTECTED", "STORES", "Amount", "CacheShape", "Decode", "DenseStore", "Forward", "Full", "KVState", "LayerState", "Ledger",
+    "OracleTopK", "Policy", "Prefill", "Slots", "Strategy", "Streaming", "Tier", "ledger", "parse_policy", "parse_strategy", "split_specs", "tokens",
 ]  # fmt: skip

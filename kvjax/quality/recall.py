@@ -192,3 +192,15 @@ def recall_test(rng: np.random.Generator, prompt_len: int, num_facts: int) -> Re
         depths=np.array([starts[i] / prompt_len for i in order]),
         answers=offsets + np.arange(ANSWER.start, ANSWER.stop),
     )
+
+
+def answered(logits: Float[np.ndarray, "T V"], test: RecallTest) -> np.ndarray:
+    """Whether each question was answered: every byte of the answer is the first choice given the bytes before it; bool [Q].
+
+    Given the true answer so far at every byte, this is the case exactly when greedy decoding would have written the whole answer.
+
+    Args:
+      logits: entry t predicts byte t of `test.continuation` (what `kvjax.score` returns, batch row by row).
+    """
+    guess = np.asarray(logits).argmax(-1)
+    return (guess[test.answers] == test.continuation[test.answers]).all(-1)

@@ -80,9 +80,15 @@ class Policy:
         """Which stored tokens a decode step reads, given the true logits (NEG_INF where nothing is stored). None: all."""
         return None
 
+    def with_budget(self, amount: Amount) -> "Policy":
+        """This policy with about `amount` tokens (or that fraction of the prompt) kept or read in total: the meaning of --budget."""
+        raise SpecError(f"{self.describe()} has no overall budget to set; give its own arguments instead")
+
     def describe(self) -> str:
-        """The spec string that makes this policy."""
-        arguments = ",".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
+        """The spec string that makes this policy; switches (words, True or False) that stand at their default are left out."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        switches = {f.name: f.default for f in dataclasses.fields(self) if isinstance(f.default, bool | str)}
+        arguments = ",".join(f"{name}={value}" for name, value in values.items() if switches.get(name, ...) != value)
         return f"{spec_name(type(self))}({arguments})" if arguments else spec_name(type(self))
 
 

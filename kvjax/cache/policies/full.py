@@ -2,9 +2,12 @@
 
 import dataclasses
 
-from kvjax.cache.policies.base import Policy
+from kvjax.cache.policies.base import Amount, Policy
 
 
 @dataclasses.dataclass(frozen=True)
 class Full(Policy):
     """Every token is kept and read."""
+
+    def with_budget(self, amount: Amount) -> "Full":
+        return self

@@ -17,7 +17,7 @@ class H2O(Policy):
     """Keeps the last `recent` tokens and, of the older ones, the `heavy` with the largest accumulated attention.
 
     A token's score is the sum, in float32, of the attention probability it received from every query since it was stored (section 4 of
-    the paper: the sum, not the mean, which would forget less and does worse, App. B.2). The score of an evicted token is gone with it.
+    the paper; a sum and not a mean, which the paper tried and found worse). The score of an evicted token is gone with it.
 
     Attributes:
       heavy, recent: tokens, or fractions of the prompt; the paper's setting is 0.1 and 0.1.
@@ -48,6 +48,12 @@ class H2O(Policy):
 
     def budget(self, prompt_length: Any) -> Any:
         return tokens(self.heavy, prompt_length) + tokens(self.recent, prompt_length)
+
+    def with_budget(self, amount: Amount) -> "H2O":
+        """Half of it heavy, half recent, as in the paper."""
+        if isinstance(amount, int):
+            return dataclasses.replace(self, heavy=amount // 2, recent=amount - amount // 2)
+        return dataclasses.replace(self, heavy=amount / 2, recent=amount / 2)
 
     def group_mass(self, probs: Float[Array, "... G Q C"]) -> Float[Array, "... C"]:
         if self.group == "first":

@@ -30,6 +30,13 @@ class Streaming(Policy):
     def budget(self, prompt_length: Any) -> Any:
         return tokens(self.sinks, prompt_length) + tokens(self.window, prompt_length)
 
+    def with_budget(self, amount: Amount) -> "Streaming":
+        if isinstance(amount, int):
+            if amount <= self.sinks:
+                raise SpecError(f"streaming: a budget of {amount} leaves no window beside sinks={self.sinks}; give more")
+            return dataclasses.replace(self, window=amount - self.sinks)
+        return dataclasses.replace(self, window=amount)
+
     def priority(self, slots: Slots):
         sink = slots.position < tokens(self.sinks, slots.prompt_length)
         return jnp.where(sink, PROTECTED, slots.position.astype(jnp.float32))

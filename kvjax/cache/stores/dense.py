@@ -44,6 +44,10 @@ class DenseStore:
     def capacity(self, layer: DenseLayer) -> int:
         return layer.k.shape[-1]
 
+    def token_bytes(self, layer: DenseLayer, batch: int) -> tuple[int, int]:
+        """kv heads, and bytes one token takes in one of them."""
+        return layer.k.shape[0] // batch, 2 * layer.k.shape[1] * layer.k.dtype.itemsize
+
     def fill(self, layer: DenseLayer, k: Float[Array, "B S Hkv D"], v: Float[Array, "B S Hkv D"], valid: Bool[Array, "B S"]) -> DenseLayer:
         """A layer that holds tokens 0..S-1 in slots 0..S-1 and zeros behind them; tokens that are not valid count as empty."""
         spare = self.capacity(layer) - k.shape[1]
@@ -113,6 +117,10 @@ class DenseStore:
         flat = probs.reshape(batch * kv_heads, *probs.shape[2:]).astype(layer.v.dtype)
         out = jnp.einsum("ngs,nsd->ngd", flat, layer.v, preferred_element_type=jnp.float32)
         return out.reshape(batch, heads, dim).astype(q.dtype), probs
+
+    def poison(self, layer: DenseLayer, empty: Bool[Array, "B Hkv C"]) -> DenseLayer:
+        """NaN keys in the slots marked empty, for tests: whatever stands there must not matter."""
+        return dataclasses.replace(layer, k=jnp.where(empty.reshape(-1, 1, empty.shape[-1]), jnp.nan, layer.k))
 
     def tokens(self, layer: DenseLayer, batch: int) -> tuple[Float[Array, "B C Hkv D"], Float[Array, "B C Hkv D"]]:
         """All slots as they would come out of a projection: what a later chunk of the prompt attends to, and what tests look at."""

@@ -1,0 +1,114 @@
+"""The ledger: every byte of a KV state, by tier and purpose, computed from the arrays themselves."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.cache.state import KVState, LayerState
+from kvjax.cache.strategy import Strategy
+
+
+@dataclasses.dataclass(frozen=True)
+class Tier:
+    """Bytes of one kind of memory.
+
+    Attributes:
+      live: keys and values of tokens that are kept.
+      metadata: positions, scores, next slots, lengths.
+      empty: allocated for keys and values, holding no token.
+      fragmentation: inside pages that are in use but not full (none in a dense store).
+    """
+
+    live: int = 0
+    metadata: int = 0
+    empty: int = 0
+    fragmentation: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.live + self.metadata + self.empty + self.fragmentation
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """Where the bytes of a KV state are, and what a decode step moves.
+
+    Attributes:
+      device, host: by tier. Their totals together are the nbytes of every array of the state.
+      logical: bytes the full cache would need for the same tokens (keys and values alone, nothing allocated ahead).
+      transient: scratch memory of the decode step beyond its inputs and outputs, from the compiled program; None when it was not asked for.
+      kept_fraction: stored (token, kv head) pairs over those seen.
+      bytes_read_per_token: cache bytes a decode step reads, per active row.
+      bytes_moved_per_token: bytes that cross from host to device, per active row.
+    """
+
+    device: Tier
+    host: Tier
+    logical: int
+    kept_fraction: float
+    bytes_read_per_token: float
+    bytes_moved_per_token: float
+    transient: int | None = None
+
+    @property
+    def compression_ratio(self) -> float:
+        """Fraction removed: 1 - kept_fraction (the convention of kvpress)."""
+        return 1.0 - self.kept_fraction
+
+    def record(self) -> dict[str, float | int | None]:
+        """Flat keys for records: `kv_<tier>_<purpose>_bytes` and the rest."""
+        flat: dict[str, float | int | None] = {}
+        for name in ("device", "host"):
+            tier = getattr(self, name)
+            for purpose in ("live", "metadata", "empty", "fragmentation", "total"):
+                flat[f"kv_{name}_{purpose}_bytes"] = getattr(tier, purpose)
+        return flat | {
+            "kv_logical_bytes": self.logical,
+            "kv_transient_bytes": self.transient,
+            "kv_bytes_read_per_token": self.bytes_read_per_token,
+            "kv_bytes_moved_per_token": self.bytes_moved_per_token,
+            "kept_fraction": self.kept_fraction,
+            "compression_ratio": self.compression_ratio,
+        }
+
+
+def ledger(strategy: Strategy, kv: KVState, transient: int | None = None) -> Ledger:
+    """The ledger of a state. Reads the positions, so it waits for the device."""
+    batch = kv.length.shape[0]
+    seen = int(kv.length.sum())
+    stored_bytes = sum(nbytes(layer.store) for layer in kv.layers)
+    live = logical = slots_kept = slots_seen = 0
+    for layer in kv.layers:
+        heads, token_bytes = strategy.store.token_bytes(layer.store, batch)
+        kept = kept_tokens(layer, kv, heads)
+        live += kept * token_bytes
+        logical += seen * heads * token_bytes
+        slots_kept += kept
+        slots_seen += seen * heads
+    metadata = nbytes(kv) - stored_bytes
+    device = Tier(live=live, metadata=metadata, empty=stored_bytes - live)
+    read = sum(nbytes(layer) for layer in kv.layers)  # fixed slots: a step reads every array once
+    return Ledger(
+        device=device,
+        host=Tier(),
+        logical=logical,
+        kept_fraction=slots_kept / slots_seen if slots_seen else 1.0,
+        bytes_read_per_token=read / batch,
+        bytes_moved_per_token=0.0,
+        transient=transient,
+    )
+
+
+def kept_tokens(layer: LayerState, kv: KVState, heads: int) -> int:
+    """(token, kv head) pairs a layer holds."""
+    if layer.position is None:
+        return int(kv.length.sum()) * heads
+    held = int((np.asarray(layer.position) >= 0).sum())
+    return held * heads // layer.position.shape[1]
+
+
+def nbytes(tree) -> int:
+    """Bytes of every array in a pytree (abstract arrays count as if they were real)."""
+    return sum(int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

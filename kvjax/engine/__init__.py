@@ -1,0 +1,1 @@
+"""Running a workload: metrics of requests, and whole-batch (offline) measurement."""

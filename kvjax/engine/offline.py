@@ -1,0 +1,215 @@
+"""Offline measurement: whole batches from start to end under one strategy, timed, weighed and compared with the full cache."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from kvjax.cache import Ledger, Strategy, ledger
+from kvjax.engine.metrics import Timeline, summarise
+from kvjax.errors import InputError
+from kvjax.generation import PrefillPlan, check_vocabulary, decode_program, score, stream
+from kvjax.models import Model
+from kvjax.models.tokenizer import ByteTokenizer
+from kvjax.quality import fidelity, recall
+from kvjax.sampling import Sampling
+
+Progress = Callable[[str], None]
+"""Told after every batch what was done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Prompts of one length, and what is fed after them to see what the cache still knows.
+
+    Attributes:
+      kind: `recall`, `text` or `random`.
+      prompts: token ids.
+      continuation: token ids; in a recall workload the questions with their answers.
+      tests: what was asked, per prompt; empty unless `recall`.
+    """
+
+    kind: str
+    prompts: Int[np.ndarray, "R N"]
+    continuation: Int[np.ndarray, "R T"]
+    tests: tuple[recall.RecallTest, ...] = ()
+
+
+def make_workload(model: Model, num_prompts: int, input_len: int, seed: int, num_facts: int = 8, continuation_len: int = 64) -> Workload:
+    """The workload that suits a model: recall documents for a byte tokenizer, Python source for another, random ids without one.
+
+    Raises InputError when `input_len` is too short for the facts.
+    """
+    rng = np.random.default_rng(seed)
+    if isinstance(model.tokenizer, ByteTokenizer):
+        tests = tuple(recall.recall_test(rng, input_len, num_facts) for _ in range(num_prompts))
+        prompts, continuation = (np.stack([getattr(t, part) for t in tests]).astype(np.int32) for part in ("prompt", "continuation"))
+        return Workload("recall", prompts, continuation, tests)
+    total = input_len + continuation_len
+    if model.tokenizer is None:
+        rows = rng.integers(0, model.config.vocab_size, (num_prompts, total)).astype(np.int32)
+        return Workload("random", rows[:, :input_len], rows[:, input_len:])
+    rows = np.stack([_text_row(model, rng, total) for _ in range(num_prompts)])
+    return Workload("text", rows[:, :input_len], rows[:, input_len:])
+
+
+def _text_row(model: Model, rng: np.random.Generator, total: int) -> Int[np.ndarray, " S"]:
+    """`total` tokens of Python source."""
+    size = 8 * total
+    while size <= 512 * total:
+        ids = model.tokenizer.encode(recall.filler(rng, size, held_out=True).decode(errors="ignore"))  # type: ignore[union-attr]
+        if len(ids) >= total:
+            return np.asarray(ids[:total], np.int32)
+        size *= 2
+    raise InputError(f"the tokenizer of {model.config.name} makes fewer than {total} tokens of {size} bytes of Python source")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One strategy on one workload.
+
+    Attributes:
+      timelines: one per request; a batch's requests start together, when the batch does.
+      latency: the summary of the timelines (kvjax.engine.metrics).
+      ledger: of the cache of the last batch, when its last token was written.
+      fidelity: against the full cache, by name; empty if not asked for.
+      recall: share of questions answered, by the depth of the fact; empty unless the workload asks.
+      samples: generated token ids per request.
+    """
+
+    strategy: str
+    timelines: tuple[Timeline, ...]
+    latency: dict[str, float | int]
+    ledger: Ledger
+    fidelity: dict[str, fidelity.Estimate]
+    recall: dict[float, float]
+    samples: list[list[int]]
+
+    @property
+    def recall_mean(self) -> float | None:
+        return float(np.mean(list(self.recall.values()))) if self.recall else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The full cache's logits on the continuation, batch by batch."""
+
+    logits: tuple[jax.Array, ...]
+
+
+def batches(workload: Workload, batch_size: int) -> Iterator[tuple[slice, Int[np.ndarray, "B S"], int]]:
+    """Rows of prompt and continuation in batches of one size; the last is filled up with copies of its last row.
+
+    Yields the slice of requests, the tokens, and how many rows are real.
+    """
+    whole = np.concatenate([workload.prompts, workload.continuation], axis=1)
+    for start in range(0, len(whole), batch_size):
+        rows = whole[start : start + batch_size]
+        real = len(rows)
+        rows = np.concatenate([rows, np.repeat(rows[-1:], min(batch_size, len(whole)) - real, axis=0)])
+        yield slice(start, start + real), rows, real
+
+
+def reference(model: Model, full: Strategy, workload: Workload, batch_size: int, output_len: int, plan: PrefillPlan) -> Reference:
+    """What the full cache predicts on the continuation: the yardstick of `measure`."""
+    prompt_len = workload.prompts.shape[1]
+    return Reference(
+        tuple(
+            score(model, rows, prompt_len=prompt_len, strategy=full, prefill=plan, reserve=output_len)[:, :-1]
+            for _, rows, _ in batches(workload, batch_size)
+        )
+    )
+
+
+def measure(
+    model: Model,
+    strategy: Strategy,
+    workload: Workload,
+    *,
+    batch_size: int,
+    output_len: int,
+    seed: int = 0,
+    sampling: Sampling = Sampling(),
+    plan: PrefillPlan = PrefillPlan(),
+    against: Reference | None = None,
+    progress: Progress = lambda what: None,
+) -> Measurement:
+    """Runs a workload under a strategy: generation for the times, then the continuation, teacher-forced, for the quality.
+
+    Every request generates `output_len` tokens whatever they are. A first, untimed batch compiles the programs.
+
+    Args:
+      against: the full cache's logits; None: no fidelity.
+    """
+    prompt_len, longest = workload.prompts.shape[1], max(output_len, workload.continuation.shape[1])
+    check_vocabulary(model, workload.prompts)
+
+    def run(rows: np.ndarray, tokens: int):
+        start = time.perf_counter()
+        parts, times = [], []
+        with jax.profiler.TraceAnnotation("generate"):
+            for emitted in stream(
+                model, rows[:, :prompt_len], strategy=strategy, max_new_tokens=tokens, sampling=sampling, seed=seed,
+                stop_tokens=(), prefill=plan, reserve=longest,
+            ):  # fmt: skip
+                parts.append(emitted.tokens)
+                times.append(time.perf_counter())
+        return start, times, np.concatenate(parts, axis=1), emitted.state
+
+    _, rows, _ = next(batches(workload, batch_size))
+    run(rows, min(2, output_len))
+    progress("compiled")
+    timelines: list[Timeline] = []
+    samples: list[list[int]] = []
+    busy = 0.0
+    for _, rows, real in batches(workload, batch_size):
+        start, times, tokens, state = run(rows, output_len)
+        busy += times[-1] - start
+        timelines += [Timeline(start, tuple(times), prompt_len)] * real
+        samples += tokens[:real].tolist()
+        progress("generated")
+    transient = None
+    if output_len > 1:
+        program = decode_program(model, strategy, sampling, state)
+        transient = program.memory_analysis().temp_size_in_bytes
+    books = ledger(strategy, state, transient)
+
+    parts: list[tuple[np.ndarray, ...]] = []
+    hits: list[np.ndarray] = []
+    for index, (where, rows, real) in enumerate(batches(workload, batch_size)):
+        if against is None and not workload.tests:
+            break
+        logits = score(model, rows, prompt_len=prompt_len, strategy=strategy, prefill=plan, reserve=output_len)[:, :-1]
+        if against is not None:
+            parts.append(tuple(np.asarray(x)[:real] for x in fidelity.compare(against.logits[index], logits, rows[:, prompt_len:])))
+        if workload.tests:
+            host = np.asarray(logits)
+            hits += [recall.answered(host[i], test) for i, test in enumerate(workload.tests[where])]
+        progress("scored")
+    quality = fidelity.Comparison(*(np.concatenate(x) for x in zip(*parts, strict=True))).summary(seed) if parts else {}
+    return Measurement(
+        strategy.describe(), tuple(timelines), summarise(timelines, busy), books, quality, _by_depth(workload, hits), samples
+    )
+
+
+def without_questions(workload: Workload) -> Workload:
+    """The same prompts with nothing asked."""
+    return dataclasses.replace(workload, tests=())
+
+
+def steps_of(workload: Workload, batch_size: int, asks: bool) -> int:
+    """How often `measure` reports progress."""
+    count = sum(1 for _ in batches(workload, batch_size))
+    return 1 + count * (2 if asks else 1)
+
+
+def _by_depth(workload: Workload, hits: list[np.ndarray]) -> dict[float, float]:
+    """Share answered per depth, shallowest first."""
+    found: dict[float, list[bool]] = {}
+    for test, hit in zip(workload.tests, hits, strict=True):
+        for depth, right in zip(test.depths, hit, strict=True):
+            found.setdefault(round(float(depth), 4), []).append(bool(right))
+    return {depth: float(np.mean(found[depth])) for depth in sorted(found)}

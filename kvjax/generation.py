@@ -1,0 +1,327 @@
+"""Offline generation and scoring: a batch of prompts, one strategy, the whole batch from start to end.
+
+    model = kvjax.load_model("kvjax-4m")
+    result = kvjax.generate(model, ["def main():"], strategy="h2o(heavy=0.1,recent=0.1)", max_new_tokens=64)
+    logits = kvjax.score(model, token_ids, prompt_len=512, strategy="streaming")
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.cache import CacheShape, Decode, KVState, Ledger, Prefill, Strategy, ledger, parse_strategy
+from kvjax.errors import InputError, SpecError
+from kvjax.models import Decoder, Model
+from kvjax.sampling import Sampling
+
+Prompts = Sequence[str] | Sequence[Sequence[int]] | np.ndarray
+PrefillMode = Literal["faithful", "bounded"]
+PREFILL_MODES = get_args(PrefillMode)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillPlan:
+    """How a prompt goes in.
+
+    Attributes:
+      chunk: tokens per call; None: the whole prompt at once.
+      mode: with chunks, when an evicting policy cuts back: `faithful` once the prompt is complete (same result as one call; needs room
+        for the whole prompt meanwhile), `bounded` after every chunk (never more than the budget plus one chunk of one layer).
+    """
+
+    chunk: int | None = None
+    mode: PrefillMode = "faithful"
+
+    def __post_init__(self):
+        if self.chunk is not None and self.chunk < 1:
+            raise SpecError(f"prefill chunk of {self.chunk} tokens; give at least 1, or None for the whole prompt at once")
+        if self.mode not in PREFILL_MODES:
+            raise SpecError(f"unknown prefill mode {self.mode!r}; choose from {', '.join(PREFILL_MODES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` returns.
+
+    Attributes:
+      tokens: generated ids per row, a stop token included when one ended the row.
+      texts: the same as text, or None without a tokenizer.
+      ledger: the cache's bytes at the end.
+      times: seconds since the call at which each decode call's tokens were on the host; the first is the time to first token.
+    """
+
+    tokens: list[list[int]]
+    texts: list[str] | None
+    ledger: Ledger
+    times: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Emitted:
+    """Tokens that have just become known: [B, n], -1 where a row has finished; `state` is the cache after them."""
+
+    tokens: Int[np.ndarray, "B n"]
+    state: KVState
+
+
+def generate(
+    model: Model,
+    prompts: Prompts,
+    *,
+    strategy: str | Strategy = "full",
+    max_new_tokens: int = 64,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    stop_tokens: Sequence[int] | None = None,
+    prefill: PrefillPlan = PrefillPlan(),
+    steps_per_call: int = 16,
+) -> Generation:
+    """Generates up to `max_new_tokens` after every prompt.
+
+    Args:
+      prompts: texts, or token ids; rows may differ in length.
+      strategy: a spec string such as `h2o(heavy=0.1,recent=0.1)`, or a Strategy of your own.
+      seed: row b samples with seed + b.
+      stop_tokens: ids that end a row; None: the model's own.
+      steps_per_call: decode steps per call of the compiled program; tokens become known that many at a time.
+
+    Raises:
+      SpecError: an unknown strategy or option.
+      InputError: no prompts, an empty prompt, ids outside the vocabulary, or more tokens than the model has positions for.
+    """
+    began = time.perf_counter()
+    strategy = as_strategy(strategy)
+    parts, times = [], []
+    for emitted in stream(
+        model, prompts, strategy=strategy, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
+        stop_tokens=stop_tokens, prefill=prefill, steps_per_call=steps_per_call,
+    ):  # fmt: skip
+        parts.append(emitted.tokens)
+        times.append(time.perf_counter() - began)
+    tokens = [[int(t) for t in row if t >= 0] for row in np.concatenate(parts, axis=1)]
+    texts = None if model.tokenizer is None else [model.tokenizer.decode(row) for row in tokens]
+    return Generation(tokens, texts, ledger(strategy, emitted.state), times)
+
+
+def stream(
+    model: Model,
+    prompts: Prompts,
+    *,
+    strategy: str | Strategy = "full",
+    max_new_tokens: int = 64,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    stop_tokens: Sequence[int] | None = None,
+    prefill: PrefillPlan = PrefillPlan(),
+    steps_per_call: int = 1,
+    reserve: int = 0,
+) -> Iterator[Emitted]:
+    """Like `generate`, but yields tokens as they become known: first the prompt's next token, then `steps_per_call` at a time.
+
+    Args (beyond those of `generate`):
+      reserve: allocate room for at least this many new tokens, so that calls of different lengths share compiled programs.
+
+    The state inside an Emitted is valid until the next one is asked for: the following call takes over its memory.
+    """
+    strategy = as_strategy(strategy)
+    if max_new_tokens < 1 or steps_per_call < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens} and steps_per_call={steps_per_call} must both be at least 1")
+    tokens, lengths = encode(model, prompts)
+    check_positions(model, int(lengths.max()), max_new_tokens)
+    stops = tuple(int(t) for t in (model.config.stop_tokens if stop_tokens is None else stop_tokens))
+    seeds = jnp.asarray(seed + np.arange(len(lengths)), jnp.int32)
+
+    logits, kv = run_prefill(model, strategy, tokens, lengths, max(max_new_tokens, reserve), prefill)
+    token = first_token(sampling, logits, seeds, kv.length)
+    remaining = left_after(jnp.full(token.shape, max_new_tokens, jnp.int32), token, stops)
+    yield Emitted(np.asarray(token)[:, None], kv)
+    done = 1
+    while done < max_new_tokens and bool(np.asarray(remaining).any()):
+        steps = min(steps_per_call, max_new_tokens - done)
+        kv, token, remaining, out = decode_steps(
+            model.decoder, strategy, sampling, stops, steps, model.params, kv, token, remaining, seeds
+        )
+        yield Emitted(np.asarray(out), kv)
+        done += steps
+
+
+def score(
+    model: Model,
+    token_ids: Int[Array, "B S"] | np.ndarray,
+    *,
+    prompt_len: int,
+    strategy: str | Strategy = "full",
+    prefill: PrefillPlan = PrefillPlan(),
+    reserve: int = 0,
+) -> Float[Array, "B T V"]:
+    """Teacher-forced logits through a strategy's own decode path: what fidelity is measured with.
+
+    The first `prompt_len` tokens are prefilled, the rest are fed one by one as if the model had produced them. `reserve`: as in `stream`.
+
+    Returns:
+      float32 logits [B, S - prompt_len + 1, V]: entry t predicts token prompt_len + t.
+    """
+    strategy = as_strategy(strategy)
+    token_ids = np.asarray(token_ids)
+    if token_ids.ndim != 2 or not 1 <= prompt_len <= token_ids.shape[1]:
+        raise InputError(f"token_ids of shape {token_ids.shape} with prompt_len={prompt_len}: give [B, S] with 1 <= prompt_len <= S")
+    check_vocabulary(model, token_ids)
+    batch, total = token_ids.shape
+    check_positions(model, prompt_len, total - prompt_len)
+    lengths = np.full(batch, prompt_len, np.int32)
+    logits, kv = run_prefill(model, strategy, token_ids[:, :prompt_len], lengths, max(1, total - prompt_len, reserve), prefill)
+    rest = jnp.asarray(token_ids[:, prompt_len:], jnp.int32)
+    following, _ = _score_steps(model.decoder, strategy, model.params, kv, rest)
+    return jnp.concatenate([logits[:, None], following], axis=1)
+
+
+def as_strategy(strategy: str | Strategy) -> Strategy:
+    return parse_strategy(strategy) if isinstance(strategy, str) else strategy
+
+
+def encode(model: Model, prompts: Prompts) -> tuple[Int[np.ndarray, "B N"], Int[np.ndarray, " B"]]:
+    """Right-padded token ids and the length of every row."""
+    if isinstance(prompts, str):
+        raise InputError("prompts is one string; give a list of prompts, for example [prompt]")
+    rows = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if model.tokenizer is None:
+                raise InputError(f"model {model.config.name} has no tokenizer; give token ids instead of text")
+            prompt = model.tokenizer.encode(prompt)
+        row = np.asarray(prompt)
+        if row.ndim != 1 or row.size == 0 or not np.issubdtype(row.dtype, np.integer):
+            raise InputError(f"prompt {i} is not a non-empty list of token ids")
+        check_vocabulary(model, row)
+        rows.append(row)
+    if not rows:
+        raise InputError("no prompts; give at least one")
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    for row, out in zip(rows, tokens, strict=True):
+        out[: len(row)] = row
+    return tokens, lengths
+
+
+def check_vocabulary(model: Model, tokens: np.ndarray) -> None:
+    size = model.config.vocab_size
+    if tokens.size and not (0 <= tokens.min() and tokens.max() < size):
+        raise InputError(f"token ids from {tokens.min()} to {tokens.max()}; model {model.config.name} has ids 0 to {size - 1}")
+
+
+def check_positions(model: Model, prompt: int, new: int) -> None:
+    if prompt + new > model.config.max_position:
+        limit = model.config.max_position
+        raise InputError(f"{prompt} prompt tokens and {new} new ones exceed the {limit} positions of model {model.config.name}")
+
+
+def cache_shape(model: Model) -> CacheShape:
+    config = model.config
+    return CacheShape(config.num_layers, config.num_kv_heads, config.group_size, config.head_dim, jnp.dtype(model.dtype))
+
+
+def run_prefill(
+    model: Model,
+    strategy: Strategy,
+    tokens: Int[np.ndarray, "B N"],
+    lengths: Int[np.ndarray, " B"],
+    max_new: int,
+    plan: PrefillPlan = PrefillPlan(),
+) -> tuple[Float[Array, "B V"], KVState]:
+    """Allocates the cache and puts the prompts in. Returns the logits of every row's last prompt token."""
+    shape, longest = cache_shape(model), tokens.shape[1]
+    allocate = partial(strategy.init, shape, lengths, longest, max_new)
+    if plan.chunk is None or plan.chunk >= longest:
+        return _prefill(model.decoder, model.params, jnp.asarray(tokens), allocate(), Prefill(jnp.asarray(lengths), strategy))
+    staged = plan.mode == "faithful" and strategy.policy.budget(1) is not None
+    kv = strategy.stage(shape, lengths, longest) if staged else allocate()
+    logits = jnp.zeros((len(lengths), model.config.vocab_size), jnp.float32)
+    for start in range(0, longest, plan.chunk):
+        piece = tokens[:, start : start + plan.chunk]
+        inside = np.clip(lengths - start, 0, piece.shape[1]).astype(np.int32)
+        step = Prefill(jnp.asarray(inside), strategy, first=start == 0, context=start + piece.shape[1])
+        fresh, kv = _prefill(model.decoder, model.params, jnp.asarray(piece), kv, step)
+        ends_here = (lengths > start) & (lengths <= start + plan.chunk)
+        logits = jnp.where(ends_here[:, None], fresh, logits)
+    return logits, _settle(strategy, kv, allocate()) if staged else kv
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _prefill(decoder: Decoder, params, tokens, kv: KVState, step: Prefill):
+    logits, kv = decoder.apply(params, tokens, kv, step)
+    return logits[:, 0], kv
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _settle(strategy: Strategy, staged: KVState, empty: KVState) -> KVState:
+    return strategy.settle(staged, empty)
+
+
+@partial(jax.jit, static_argnums=0)
+def first_token(sampling: Sampling, logits, seeds, positions) -> Int[Array, " B"]:
+    return sampling.choose(logits, seeds, positions)
+
+
+def left_after(remaining: Int[Array, " B"], token: Int[Array, " B"], stops: tuple[int, ...]) -> Int[Array, " B"]:
+    """Tokens a row still wants after it produced `token`."""
+    stopped = jnp.isin(token, jnp.asarray(stops, jnp.int32)) if stops else jnp.zeros_like(token, bool)
+    return jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(6, 7, 8))
+def decode_steps(
+    decoder: Decoder,
+    strategy: Strategy,
+    sampling: Sampling,
+    stops: tuple[int, ...],
+    steps: int,
+    params,
+    kv: KVState,
+    token: Int[Array, " B"],
+    remaining: Int[Array, " B"],
+    seeds: Int[Array, " B"],
+) -> tuple[KVState, Int[Array, " B"], Int[Array, " B"], Int[Array, "B steps"]]:
+    """`steps` tokens for every row that still wants some, in one program with the cache updated in place.
+
+    Returns the state, the last token of each row, what each row still wants, and the tokens (-1 where a row had finished).
+    """
+
+    def one(carry, _):
+        kv, token, remaining = carry
+        active = remaining > 0
+        logits, kv = decoder.apply(params, token[:, None], kv, Decode(active, strategy))
+        chosen = sampling.choose(logits[:, 0], seeds, kv.length)
+        token = jnp.where(active, chosen, token)
+        return (kv, token, left_after(remaining, token, stops)), jnp.where(active, token, -1)
+
+    (kv, token, remaining), out = jax.lax.scan(one, (kv, token, remaining), None, length=steps)
+    return kv, token, remaining, out.T
+
+
+def decode_program(model: Model, strategy: Strategy, sampling: Sampling, kv: KVState, steps: int = 1) -> jax.stages.Compiled:
+    """The compiled decode program for states like `kv`: its memory analysis, its text. Takes shapes alone, so `kv` may be in use."""
+    batch = kv.length.shape[0]
+    row = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), kv)
+    return decode_steps.lower(model.decoder, strategy, sampling, (), steps, model.params, abstract, row, row, row).compile()
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _score_steps(
+    decoder: Decoder, strategy: Strategy, params, kv: KVState, tokens: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T V"], KVState]:
+    everyone: Bool[Array, " B"] = jnp.ones(tokens.shape[0], bool)
+
+    def one(kv, token):
+        logits, kv = decoder.apply(params, token[:, None], kv, Decode(everyone, strategy))
+        return kv, logits[:, 0]
+
+    kv, logits = jax.lax.scan(one, kv, tokens.T)
+    return logits.swapaxes(0, 1), kv  # returned so that the donated memory is reused

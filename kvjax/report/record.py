@@ -1,0 +1,109 @@
+"""One flat JSON record a run: settings, latency under the keys of `vllm bench serve`, `kv_*` bytes, `fidelity_*` and `task_*` quality."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+
+from kvjax.engine.metrics import TPOT_DEFINITION
+from kvjax.engine.offline import Measurement, Workload
+from kvjax.models import Model
+
+SCHEMA_VERSION = 1
+
+
+def setting() -> dict[str, Any]:
+    """Where a measurement was made: device, versions, commit."""
+    versions = {f"{name}_version": importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S"),
+        "backend": "kvjax",
+        "device_kind": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "cpu_count": os.cpu_count(),
+        "python_version": platform.python_version(),
+        **versions,
+        "git_commit": _commit(),
+        "tpot_definition": TPOT_DEFINITION,
+    }
+
+
+def record(measurement: Measurement, model: Model, workload: Workload, options: dict[str, Any]) -> dict[str, Any]:
+    """The flat record of one strategy's run. `options` are the settings the run was asked for."""
+    quality: dict[str, Any] = {}
+    for name, estimate in measurement.fidelity.items():
+        quality[f"fidelity_{name}"] = estimate.value
+        quality[f"fidelity_{name}_se"] = estimate.error
+    if measurement.recall:
+        quality["task_recall"] = measurement.recall_mean
+        quality |= {f"task_recall_depth_{depth:g}": share for depth, share in measurement.recall.items()}
+        quality["task_questions_per_depth"] = len(workload.tests)
+    return {
+        **setting(),
+        "model_id": model.config.name,
+        "dtype": str(model.dtype),
+        "strategy": measurement.strategy,
+        "store": "dense",
+        "workload": workload.kind,
+        "num_prompts": len(workload.prompts),
+        "request_rate": "inf",
+        **options,
+        "failed": 0,
+        **measurement.latency,
+        **measurement.ledger.record(),
+        **quality,
+    }
+
+
+def write(directory: pathlib.Path, records: list[dict[str, Any]], measurements: list[Measurement], workload: Workload, model: Model) -> None:
+    """Writes record.json (one line per strategy), requests.jsonl and samples.txt into `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    _replace(directory / "record.json", "".join(json.dumps(r) + "\n" for r in records))
+    lines = []
+    for measurement in measurements:
+        for index, (timeline, tokens) in enumerate(zip(measurement.timelines, measurement.samples, strict=True)):
+            request = {
+                "strategy": measurement.strategy,
+                "request": index,
+                "input_len": timeline.input_tokens,
+                "output_len": len(tokens),
+                "ttft": timeline.ttft,
+                "itls": timeline.itls,
+                "latency": timeline.e2el,
+                "output_tokens": tokens,
+            }
+            lines.append(json.dumps(request) + "\n")
+    _replace(directory / "requests.jsonl", "".join(lines))
+    if model.tokenizer is not None:
+        text = []
+        for measurement in measurements:
+            for index, tokens in enumerate(measurement.samples[:4]):
+                prompt = model.tokenizer.decode(workload.prompts[index][-200:])
+                text.append(f"=== {measurement.strategy}, request {index}\n...{prompt}\n--- generated\n{model.tokenizer.decode(tokens)}\n\n")
+        _replace(directory / "samples.txt", "".join(text))
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _commit() -> str | None:
+    """The git commit of the source tree kvjax runs from, `-dirty` when it has changes; None outside a checkout."""
+    root = pathlib.Path(__file__).resolve().parents[2]
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,111 @@
+"""The table a run prints: one column a strategy, one row a figure."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Record = dict[str, Any]
+
+
+def show(records: Sequence[Record], console: Console) -> None:
+    """Prints records side by side."""
+    first = records[0]
+    title = f"{first['model_id']} ({first['dtype']}) on {first['device_kind']}: {first['num_prompts']} prompts of {first['input_len']} tokens, "
+    title += f"{first['output_len']} generated, batch {first['batch_size']}, seed {first['seed']}"
+    console.print(f"\n[bold]{title}[/bold]", highlight=False)
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("", no_wrap=True)
+    for record in records:
+        table.add_column(record["strategy"], justify="right", overflow="fold")
+    for heading, rows in _SECTIONS:
+        shown = [(label, cells) for label, make in rows if any(cells := [make(r) for r in records])]
+        if not shown:
+            continue
+        table.add_section()
+        table.add_row(f"[bold cyan]{heading}[/bold cyan]")
+        for label, cells in shown:
+            table.add_row("  " + label, *(cell or "-" for cell in cells))
+    depths = sorted({float(key.rsplit("_", 1)[1]) for r in records for key in r if key.startswith("task_recall_depth_")})
+    if depths:
+        table.add_section()
+        table.add_row(f"[bold cyan]recall by depth of the fact[/bold cyan] ({first['task_questions_per_depth']} each)")
+        for depth in depths:
+            table.add_row(f"  {depth:.2f}", *(_percent(f"task_recall_depth_{depth:g}")(r) or "-" for r in records))
+        table.add_row("  all", *(_percent("task_recall")(r) or "-" for r in records), style="bold")
+    console.print(table)
+
+
+def _number(key: str, pattern: str) -> Callable[[Record], str]:
+    return lambda record: "" if record.get(key) is None else pattern.format(record[key])
+
+
+def _percent(key: str) -> Callable[[Record], str]:
+    return lambda record: "" if record.get(key) is None else f"{100 * record[key]:.1f} %"
+
+
+def _bytes(key: str) -> Callable[[Record], str]:
+    return lambda record: "" if record.get(key) is None else human_bytes(record[key])
+
+
+def _estimate(key: str, pattern: str, scale: float = 1.0) -> Callable[[Record], str]:
+    def make(record: Record) -> str:
+        if record.get(key) is None:
+            return ""
+        error = record[f"{key}_se"]
+        plain = pattern.replace("+", "")
+        return pattern.format(scale * record[key]) + ("" if error is None else f" ± {plain.format(scale * error)}")
+
+    return make
+
+
+def human_bytes(size: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+_SECTIONS: list[tuple[str, list[tuple[str, Callable[[Record], str]]]]] = [
+    (
+        "speed",
+        [
+            ("output throughput (tok/s)", _number("output_throughput", "{:.0f}")),
+            ("total throughput (tok/s)", _number("total_token_throughput", "{:.0f}")),
+            ("request throughput (req/s)", _number("request_throughput", "{:.2f}")),
+            ("mean TTFT (ms)", _number("mean_ttft_ms", "{:.1f}")),
+            ("mean TPOT (ms)", _number("mean_tpot_ms", "{:.2f}")),
+            ("median ITL (ms)", _number("median_itl_ms", "{:.2f}")),
+            ("P99 ITL (ms)", _number("p99_itl_ms", "{:.2f}")),
+        ],
+    ),
+    (
+        "KV cache of a batch",
+        [
+            ("device, allocated", _bytes("kv_device_total_bytes")),
+            ("  live keys and values", _bytes("kv_device_live_bytes")),
+            ("  metadata", _bytes("kv_device_metadata_bytes")),
+            ("  empty", _bytes("kv_device_empty_bytes")),
+            ("  page fragmentation", lambda r: _bytes("kv_device_fragmentation_bytes")(r) if r["kv_device_fragmentation_bytes"] else ""),
+            ("host", lambda r: _bytes("kv_host_total_bytes")(r) if r["kv_host_total_bytes"] else ""),
+            ("decode scratch", _bytes("kv_transient_bytes")),
+            ("full cache would need", _bytes("kv_logical_bytes")),
+            ("tokens kept", _percent("kept_fraction")),
+            ("read per token", _bytes("kv_bytes_read_per_token")),
+        ],
+    ),
+    (
+        "fidelity to the full cache (± standard error)",
+        [
+            ("KLD mean (nats)", _estimate("fidelity_kld_mean", "{:.4f}")),
+            ("KLD median", _estimate("fidelity_kld_median", "{:.4f}")),
+            ("KLD 99.9 %", _estimate("fidelity_kld_p99.9", "{:.2f}")),
+            ("same top token (%)", _estimate("fidelity_same_top1", "{:.1f}", 100)),
+            ("NLL delta (nats)", _estimate("fidelity_nll_delta", "{:+.4f}")),
+            ("first divergence (step)", _estimate("fidelity_first_divergence_step", "{:.1f}")),
+        ],
+    ),
+]
