@@ -68,7 +68,7 @@ class Recipe:
     weight_decay: float = 0.05
     clip: float = 1.0
     max_position: int = 2048
-    recall_share: float = 0.5
+    recall_share: float = 0.6
 
     @property
     def steps(self) -> int:
@@ -99,8 +99,8 @@ class Recipe:
 
 
 RECIPES = {
-    "kvjax-1m": Recipe((Stage(64, 64, 1200), Stage(128, 32, 1200), Stage(384, 12, 800), Stage(1280, 4, 600))),
-    "kvjax-4m": Recipe((Stage(64, 64, 900), Stage(128, 32, 900), Stage(384, 12, 600), Stage(1280, 4, 400)), learning_rate=6e-3),
+    "kvjax-1m": Recipe((Stage(64, 64, 1000), Stage(128, 32, 1000), Stage(384, 12, 700), Stage(1280, 4, 600))),
+    "kvjax-4m": Recipe((Stage(64, 64, 450), Stage(128, 32, 550), Stage(384, 12, 450), Stage(1280, 4, 450)), learning_rate=6e-3),
 }
 
 

@@ -140,8 +140,8 @@ _QWEN3 = dict(rope=Rope(1e6), qk_norm=True, norm_eps=1e-6, head_dim=128, stop_to
 BUNDLED: dict[str, ModelConfig] = {
     config.name: config
     for config in (
-        _llama("kvjax-1m", 256, 128, 384, 5, 4, 2, 2048, tie_embeddings=True, stop_tokens=()),
-        _llama("kvjax-4m", 256, 256, 768, 5, 8, 2, 2048, tie_embeddings=True, stop_tokens=()),
+        _llama("kvjax-1m", 256, 128, 384, 5, 4, 2, 2048, rope=Rope(100_000.0), tie_embeddings=True, stop_tokens=()),
+        _llama("kvjax-4m", 256, 256, 768, 5, 8, 2, 2048, rope=Rope(100_000.0), tie_embeddings=True, stop_tokens=()),
     )
 }
 """The byte-level models whose trained weights ship with kvjax."""

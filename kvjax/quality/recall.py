@@ -1,6 +1,6 @@
 """The recall task: facts stated early, filler in between, questions later.
 
-    @qzk=481; ... filler ... @abd=007; ... filler ... ?qzk=481;?abd=007;
+    @qzk481; ... filler ... @abd007; ... filler ... ?qzk481;?abd007;
 
 A fact is a three-letter name and a three-digit value, drawn at random, so an answer cannot be guessed (1 in 1,000) and must be read from the
 KV cache. The filler is Python source, from the standard library of the interpreter that runs this. The same generator makes the training
@@ -20,8 +20,8 @@ from kvjax.errors import InputError
 
 STATE, ASK, END = b"@", b"?", b";"
 NAME_LETTERS, VALUE_DIGITS = 3, 3
-STATEMENT_BYTES = 1 + NAME_LETTERS + 1 + VALUE_DIGITS + 1
-ANSWER = slice(1 + NAME_LETTERS + 1, 1 + NAME_LETTERS + 1 + VALUE_DIGITS)  # the value inside a statement or question
+STATEMENT_BYTES = 1 + NAME_LETTERS + VALUE_DIGITS + 1
+ANSWER = slice(1 + NAME_LETTERS, 1 + NAME_LETTERS + VALUE_DIGITS)  # the value inside a statement or question
 
 _EXCLUDED = {"test", "tests", "idle_test", "site-packages", "lib2to3", "idlelib", "__pycache__"}
 _HELD_OUT_SHARE = 20  # one file in twenty, by the hash of its path
@@ -68,7 +68,7 @@ class Document:
 class Weights:
     """Loss weight of each kind of byte in a recall document; random bytes that nobody can predict count nothing."""
 
-    answer: float = 4.0
+    answer: float = 8.0
     filler: float = 0.2
     syntax: float = 0.2
 
@@ -82,8 +82,8 @@ def draw_facts(rng: np.random.Generator, count: int) -> list[tuple[bytes, bytes]
 
 
 def statement(mark: bytes, name: bytes, value: bytes) -> bytes:
-    """`@name=value;` or `?name=value;`."""
-    return mark + name + b"=" + value + END
+    """`@namevalue;` or `?namevalue;`."""
+    return mark + name + value + END
 
 
 def filler(rng: np.random.Generator, size: int, held_out: bool = False) -> bytes:
@@ -129,7 +129,7 @@ def training_document(rng: np.random.Generator, length: int, max_position: int, 
         start = len(text)
         text += statement(mark, name, value)
         asked = mark == ASK
-        loss += [weights.syntax] + [0.0] * NAME_LETTERS + [weights.syntax]
+        loss += [weights.syntax] + [0.0] * NAME_LETTERS
         loss += [weights.answer if asked else 0.0] * VALUE_DIGITS + [weights.syntax]
         answers[start + ANSWER.start : start + ANSWER.stop] = asked
 

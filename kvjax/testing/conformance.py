@@ -1,0 +1,333 @@
+"""What every strategy must do. Each check draws fresh random inputs and compares with something naive."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.cache import CacheShape, DenseStore, KVState, Policy, Slots, Strategy, ledger
+from kvjax.cache.ledger import nbytes
+from kvjax.cache.policies import Full
+from kvjax.cache.strategy import highest, lowest
+from kvjax.errors import SpecError
+from kvjax.testing.driver import SHAPE, Tokens, Trace, decode_call, kept, masked_attention, random_tokens, run
+
+TOLERANCE = 2e-5
+"""For float32 outputs of order one; the sums run over tens of terms."""
+
+PROMPT, STEPS, CHUNK = 37, 24, 8
+
+
+class Skip(Exception):
+    """A check does not apply to a strategy; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of one check: `passed`, or `skipped` with the reason."""
+
+    name: str
+    skipped: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All outcomes for one strategy (a failed check raises instead)."""
+
+    strategy: str
+    outcomes: tuple[Outcome, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{o.name}: {'passed' if o.skipped is None else 'skipped, ' + o.skipped}" for o in self.outcomes]
+        return "\n".join([self.strategy, *lines])
+
+
+def check_strategy(policy: Policy | Strategy, store: DenseStore | None = None, seed: int | None = None, checks: tuple[str, ...] = ()) -> Report:
+    """Runs a strategy through the checks. Raises AssertionError at the first that fails.
+
+    Args:
+      policy: a policy, or a whole strategy.
+      store: where the policy's bytes live; the dense store by default.
+      seed: of the random inputs; None draws a fresh one, which a failure names.
+      checks: names from CHECKS; empty: all.
+    """
+    strategy = policy if isinstance(policy, Strategy) else Strategy(policy, store or DenseStore())
+    seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+    outcomes = []
+    for name in checks or CHECKS:
+        try:
+            CHECKS[name](strategy, np.random.default_rng(seed))
+        except Skip as reason:
+            outcomes.append(Outcome(name, str(reason)))
+        except AssertionError as error:
+            raise AssertionError(f"{strategy.describe()} fails {name} (seed={seed}): {error}") from error
+        else:
+            outcomes.append(Outcome(name))
+    return Report(strategy.describe(), tuple(outcomes))
+
+
+def ample_budget_equals_full(strategy: Strategy, rng: np.random.Generator) -> None:
+    """With a budget of at least the whole length, a strategy is the full cache."""
+    try:
+        ample = Strategy(strategy.policy.with_budget(2 * (PROMPT + STEPS)), strategy.store)
+    except SpecError as error:
+        raise Skip(f"no way to set its budget: {error}") from None
+    tokens = random_tokens(rng, 2, PROMPT + STEPS)
+    lengths = np.array([PROMPT, PROMPT - 5])
+    _same(run(ample, tokens, lengths, STEPS), run(Strategy(Full(), strategy.store), tokens, lengths, STEPS), "the full cache")
+
+
+def equals_masked_full_attention(strategy: Strategy, rng: np.random.Generator) -> None:
+    """Every decode output is full attention masked to the tokens that are kept, at their true positions."""
+    tokens = random_tokens(rng, 2, PROMPT + STEPS)
+    lengths = np.array([PROMPT, PROMPT - 9])
+    trace = run(strategy, tokens, lengths, STEPS)
+    for step in range(0, STEPS, 3):
+        for row in range(2):
+            at = int(lengths[row]) + step
+            held = [set(kept(trace.states[step], row, head)) | {at} for head in range(SHAPE.num_kv_heads)]
+            want = masked_attention(strategy, tokens, row, at, held, int(lengths[row]))
+            _close(trace.outs[row, step], want, f"row {row}, step {step}: masked full attention")
+    _slots_hold_what_they_say(strategy, tokens, trace.states[-1])
+
+
+def _slots_hold_what_they_say(strategy: Strategy, tokens: Tokens, kv: KVState) -> None:
+    keys, values = (np.asarray(x) for x in strategy.store.tokens(kv.layers[0].store, tokens.batch))
+    for row in range(tokens.batch):
+        for head in range(SHAPE.num_kv_heads):
+            for position, slot in kept(kv, row, head).items():
+                _close(keys[row, slot, head], tokens.k[row, position, head], f"key of position {position} in slot {slot}")
+                _close(values[row, slot, head], tokens.v[row, position, head], f"value of position {position} in slot {slot}")
+
+
+def budget_holds_and_nothing_returns(strategy: Strategy, rng: np.random.Generator) -> None:
+    """The kept set stays within the budget, the store within budget + 1 slots, and an evicted token never comes back."""
+    lengths = np.array([PROMPT, PROMPT - 9, 3])
+    trace = run(strategy, random_tokens(rng, 3, PROMPT + STEPS), lengths, STEPS)
+    budget = strategy.policy.budget(PROMPT)
+    if budget is None:
+        raise Skip("it keeps everything")
+    capacity = strategy.store.capacity(trace.states[0].layers[0].store)
+    if strategy.policy.evicts_in_decode:
+        assert capacity == min(budget + 1, PROMPT + STEPS), f"{capacity} slots for a budget of {budget}"
+    for row, length in enumerate(lengths):
+        limit = strategy.policy.budget(int(length))
+        for head in range(SHAPE.num_kv_heads):
+            before: set[int] = set(range(int(length)))
+            for step, state in enumerate(trace.states):
+                now = set(kept(state, row, head))
+                newest = int(length) + step - 1
+                assert now <= before | {newest}, f"row {row} head {head}: {sorted(now - before)} came back at step {step}"
+                if strategy.policy.evicts_in_decode:
+                    assert len(now) == min(limit, newest + 1), f"row {row} head {head}: {len(now)} kept at step {step}, budget {limit}"
+                else:
+                    assert len(now) == min(limit, int(length)) + step, f"row {row} head {head}: {len(now)} kept at step {step}"
+                before = now
+
+
+def protected_survive_ties(strategy: Strategy, rng: np.random.Generator) -> None:
+    """With all scores equal, protected tokens stay, and of the others the lower positions."""
+    policy = strategy.policy
+    budget = policy.budget(PROMPT)
+    if budget is None:
+        raise Skip("it keeps everything")
+    heads = SHAPE.num_kv_heads if policy.per_head else 1
+    order = rng.permutation(PROMPT)  # slots stand in any order
+    position = jnp.broadcast_to(jnp.asarray(order, jnp.int32), (1, heads, PROMPT))
+    score = jnp.ones(position.shape, jnp.float32) if policy.keeps_score else None
+    one = jnp.full((1, 1, 1), PROMPT, jnp.int32)
+    priority = policy.priority(Slots(position, score, one, one))
+    protected = set(order[np.isposinf(np.asarray(priority)[0, 0])].tolist())
+    index = np.asarray(highest(priority, position, jnp.asarray([budget]), budget + 1))[0, 0]
+    stayed = [int(order[i]) for i in index if i < PROMPT]
+    assert len(stayed) == min(budget, PROMPT)
+    assert stayed == sorted(stayed), f"kept tokens are not in order: {stayed}"
+    assert len(protected) > budget or protected <= set(stayed), f"{sorted(protected - set(stayed))} are protected and were dropped"
+    victim = int(order[int(np.asarray(lowest(priority, position))[0, 0])])
+    assert victim not in protected or len(protected) == PROMPT, f"{victim} is protected and was chosen as victim"
+    by_rank = sorted(range(PROMPT), key=lambda p: (-float(np.asarray(priority)[0, 0, int(np.flatnonzero(order == p)[0])]), p))
+    assert sorted(by_rank[:budget]) == stayed, "ties do not go to the lowest position"
+    assert by_rank[-1] == victim, f"victim {victim}, but {by_rank[-1]} ranks last"
+
+
+def chunks_change_nothing(strategy: Strategy, rng: np.random.Generator) -> None:
+    """A prompt in chunks, compressed at the end, gives the outputs and the kept sets of one call."""
+    tokens = random_tokens(rng, 2, PROMPT + 4)
+    lengths = np.array([PROMPT, PROMPT - 9])
+    whole = run(strategy, tokens, lengths, 4)
+    for chunk in (CHUNK, 1 + CHUNK):
+        parts = run(strategy, tokens, lengths, 4, chunk=chunk)
+        for row, length in enumerate(lengths):
+            _close(parts.prompt_out[row, :length], whole.prompt_out[row, :length], f"prompt in chunks of {chunk}: one call")
+            for head in range(SHAPE.num_kv_heads):
+                assert kept(parts.states[0], row, head).keys() == kept(whole.states[0], row, head).keys(), f"kept sets differ, chunks of {chunk}"
+        _close(parts.outs, whole.outs, f"decoding after chunks of {chunk}: after one call")
+
+
+def bounded_chunks_stay_bounded(strategy: Strategy, rng: np.random.Generator) -> None:
+    """A prompt in chunks, cut back after each, never occupies more slots than the budget and still decodes as masked attention."""
+    if strategy.policy.budget(PROMPT) is None:
+        raise Skip("it keeps everything")
+    tokens = random_tokens(rng, 2, PROMPT + STEPS)
+    lengths = np.array([PROMPT, PROMPT - 9])
+    trace = run(strategy, tokens, lengths, STEPS, chunk=CHUNK, bounded=True)
+    for row in range(2):
+        for head in range(SHAPE.num_kv_heads):
+            assert len(kept(trace.states[0], row, head)) == min(strategy.policy.budget(int(lengths[row])), int(lengths[row]))
+        held = [set(kept(trace.states[0], row, head)) | {int(lengths[row])} for head in range(SHAPE.num_kv_heads)]
+        want = masked_attention(strategy, tokens, row, int(lengths[row]), held, int(lengths[row]))
+        _close(trace.outs[row, 0], want, f"row {row}: masked full attention")
+    _slots_hold_what_they_say(strategy, tokens, trace.states[-1])
+
+
+def rows_are_independent(strategy: Strategy, rng: np.random.Generator) -> None:
+    """A row alone equals the row in a ragged batch."""
+    lengths = np.array([PROMPT, 5, PROMPT - 9])
+    tokens = random_tokens(rng, 3, PROMPT + STEPS)
+    together = run(strategy, tokens, lengths, STEPS)
+    for row in range(3):
+        alone = run(strategy, tokens.rows(slice(row, row + 1)), lengths[row : row + 1], STEPS)
+        _close(together.outs[row], alone.outs[0], f"row {row} of a batch: the row alone")
+        for head in range(SHAPE.num_kv_heads):
+            assert kept(together.states[-1], row, head).keys() == kept(alone.states[-1], 0, head).keys(), f"row {row} keeps other tokens alone"
+
+
+def inactive_rows_are_untouched(strategy: Strategy, rng: np.random.Generator) -> None:
+    """A decode step leaves every byte of an inactive row as it was."""
+    tokens = random_tokens(rng, 3, PROMPT + STEPS)
+    active = np.array([True, False, True])
+    trace = run(strategy, tokens, np.array([PROMPT, PROMPT - 9, 4]), 5, active=active)
+    for before, after in zip(jax.tree.leaves(trace.states[0]), jax.tree.leaves(trace.states[-1]), strict=True):
+        per_row = after.shape[0] // 3
+        still = np.repeat(~active, per_row)
+        np.testing.assert_array_equal(np.asarray(after)[still], np.asarray(before)[still])
+
+
+def rope_is_relative(strategy: Strategy, rng: np.random.Generator) -> None:
+    """Keys and queries rotated from another starting point give the same outputs: nothing re-numbers positions inside the cache."""
+    seed = rng.integers(1 << 31)
+    here, there = (random_tokens(np.random.default_rng(seed), 1, PROMPT + STEPS, offset) for offset in (0, 100))
+    lengths = np.array([PROMPT])
+    _close(run(strategy, here, lengths, STEPS).outs, run(strategy, there, lengths, STEPS).outs, "the same shifted by 100", 2e-4)
+
+
+def odd_lengths(strategy: Strategy, rng: np.random.Generator) -> None:
+    """Prompts of one token, shorter than the budget, at it, and one beyond; decoding to the last slot."""
+    budget = strategy.policy.budget(PROMPT) or PROMPT
+    for length in sorted({1, max(1, budget - 1), budget, budget + 1}):
+        tokens = random_tokens(rng, 1, length + STEPS)
+        trace = run(strategy, tokens, np.array([length]), STEPS)
+        at = length + STEPS - 1
+        held = [set(kept(trace.states[-2], 0, head)) | {at} for head in range(SHAPE.num_kv_heads)]
+        _close(trace.outs[0, -1], masked_attention(strategy, tokens, 0, at, held, length), f"prompt of {length}: masked full attention")
+
+
+def unused_memory_never_leaks(strategy: Strategy, rng: np.random.Generator) -> None:
+    """Memory that starts as NaN, and keys of empty slots turned to NaN before every step, change nothing."""
+    tokens = random_tokens(rng, 2, PROMPT + STEPS)
+    lengths = np.array([PROMPT, 3])
+    clean = run(strategy, tokens, lengths, STEPS)
+    _close(run(strategy, tokens, lengths, STEPS, fill=np.nan, poison=True).outs, clean.outs, "with NaN in unused memory: without")
+    chunked = run(strategy, tokens, lengths, STEPS, chunk=CHUNK)
+    dirty = run(strategy, tokens, lengths, STEPS, chunk=CHUNK, fill=np.nan, poison=True)
+    _close(dirty.outs, chunked.outs, "in chunks with NaN in unused memory: without")
+
+
+def no_retrace(strategy: Strategy, rng: np.random.Generator) -> None:
+    """Decode steps share one compiled program, however long the rows get."""
+    run(strategy, random_tokens(rng, 2, PROMPT + STEPS), np.array([PROMPT, 3]), 1)
+    before = decode_call._cache_size()
+    kv = run(strategy, random_tokens(rng, 2, PROMPT + STEPS), np.array([PROMPT, 3]), 1).states[-1]
+    tokens = random_tokens(rng, 2, 1)
+    for _ in range(3):
+        _, kv = decode_call(strategy, kv, tokens.q, tokens.k, tokens.v, np.ones(2, bool))
+    assert decode_call._cache_size() == before, "a decode step was traced again"
+
+
+def ledger_adds_up(strategy: Strategy, rng: np.random.Generator) -> None:
+    """The ledger's total is the arrays' nbytes, its live bytes are the kept tokens', and XLA sees the same bytes go in and be reused."""
+    kv = run(strategy, random_tokens(rng, 2, PROMPT + STEPS), np.array([PROMPT, PROMPT - 9]), STEPS).states[-1]
+    books = ledger(strategy, kv)
+    leaves = sum(leaf.nbytes for leaf in jax.tree.leaves(kv))
+    assert books.device.total + books.host.total == leaves, f"ledger {books.device.total + books.host.total} bytes, arrays {leaves}"
+    pairs = sum(len(kept(kv, row, head)) for row in range(2) for head in range(SHAPE.num_kv_heads))
+    assert books.device.live == pairs * 2 * SHAPE.head_dim * 4, f"{books.device.live} live bytes for {pairs} kept (token, head) pairs"
+    assert min(books.device.live, books.device.metadata, books.device.empty) >= 0
+    program = _decode_program(strategy, batch=2, prompt=PROMPT, shape=SHAPE)
+    analysis = program.memory_analysis()
+    expected = nbytes(strategy.init(SHAPE, [PROMPT] * 2, PROMPT, STEPS))
+    assert analysis.alias_size_in_bytes == expected, f"XLA reuses {analysis.alias_size_in_bytes} bytes, the state has {expected}"
+
+
+def donation_leaves_no_copy(strategy: Strategy, rng: np.random.Generator) -> None:
+    """Growing the cache grows no temporary of its size, at batch 1 and 8, and the program copies nothing of a cache array's shape."""
+    shape = CacheShape(num_layers=2, num_kv_heads=2, group_size=2, head_dim=64, dtype=jnp.dtype(jnp.float32))
+    del rng
+    for batch in (1, 8):
+        temps, layer_bytes, text = [], [], ""
+        for prompt in (512, 2048):
+            program = _decode_program(strategy, batch, prompt, shape)
+            temps.append(program.memory_analysis().temp_size_in_bytes)
+            text = program.as_text()
+            state = jax.eval_shape(lambda n=prompt: strategy.init(shape, [n] * batch, n, STEPS))
+            keys = jax.tree.leaves(state.layers[0].store)[0]
+            layer_bytes.append(nbytes(keys))
+        grown, cache_grown = temps[1] - temps[0], layer_bytes[1] - layer_bytes[0]
+        assert grown <= max(0.5 * cache_grown, 16_384), f"batch {batch}: scratch grows {grown} bytes, a layer's keys {cache_grown}"
+        dims = ",".join(map(str, keys.shape))
+        copies = [line.strip() for line in text.splitlines() if " copy(" in line and f"f32[{dims}]" in line.split("copy(")[0]]
+        assert not copies, f"batch {batch}: the program copies the cache: {copies[0]}"
+
+
+def _decode_program(strategy: Strategy, batch: int, prompt: int, shape: CacheShape) -> jax.stages.Compiled:
+    """A donated decode step through every layer of a state, compiled from shapes."""
+
+    def step(kv: KVState, q, k, v, active):
+        out = q
+        for index in range(shape.num_layers):
+            out, layer = strategy.decode(kv.layers[index], out, k, v, kv, active)
+            kv = kv.with_layer(index, layer)
+        return out, dataclasses.replace(kv, length=kv.length + active)
+
+    state = jax.eval_shape(lambda: strategy.init(shape, [prompt] * batch, prompt, STEPS))
+    q = jax.ShapeDtypeStruct((batch, 1, shape.num_kv_heads * shape.group_size, shape.head_dim), jnp.float32)
+    k = jax.ShapeDtypeStruct((batch, 1, shape.num_kv_heads, shape.head_dim), jnp.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an unusable donation is a warning in JAX and a failure here
+        return jax.jit(step, donate_argnums=0).lower(state, q, k, k, jax.ShapeDtypeStruct((batch,), jnp.bool)).compile()
+
+
+def _close(got, want, what: str, tolerance: float = TOLERANCE) -> None:
+    got, want = np.asarray(got), np.asarray(want)
+    assert np.isfinite(got).all(), f"not finite, unlike {what}"
+    error = float(np.abs(got - want).max(initial=0.0))
+    assert error <= tolerance, f"off by {error:.2g} from {what}"
+
+
+def _same(got: Trace, want: Trace, what: str) -> None:
+    _close(got.outs, want.outs, what)
+
+
+CHECKS: dict[str, Callable[[Strategy, np.random.Generator], None]] = {
+    check.__name__: check
+    for check in (
+        ample_budget_equals_full,
+        equals_masked_full_attention,
+        budget_holds_and_nothing_returns,
+        protected_survive_ties,
+        chunks_change_nothing,
+        bounded_chunks_stay_bounded,
+        rows_are_independent,
+        inactive_rows_are_untouched,
+        rope_is_relative,
+        odd_lengths,
+        unused_memory_never_leaks,
+        no_retrace,
+        ledger_adds_up,
+        donation_leaves_no_copy,
+    )
+}
+"""The checks by name, in the order they run."""
