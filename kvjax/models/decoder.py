@@ -83,7 +83,7 @@ class Decoder(nn.Module):
             head = table
             if not config.tie_embeddings:
                 head = self.param("lm_head", nn.initializers.normal(0.02), (config.vocab_size, width), self.dtype)
-            logits = jnp.einsum("bsm,vm->bsv", x, head, preferred_element_type=jnp.float32)
+            logits = matmul(x, head, jnp.float32)
         return logits, kv
 
 
@@ -163,10 +163,32 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x):
         weight = self.param("weight", nn.initializers.lecun_normal(in_axis=-1, out_axis=-2), (self.features, x.shape[-1]), self.dtype)
-        y = jnp.einsum("...i,oi->...o", x, weight)
+        y = matmul(x, weight, self.dtype)
         if self.bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
         return y
+
+
+THIN_ROWS, THIN_BLOCKS = range(2, 33), 8
+
+
+def matmul(x: Float[Array, "B S I"], weight: Float[Array, "O I"], dtype: jnp.dtype) -> Float[Array, "B S O"]:
+    """x W^T, accumulated in at least float32 and returned as `dtype`.
+
+    For a few rows XLA's CPU backend is faster when the outputs form a batch of blocks (BUILD_NOTES.md has the measurements).
+    """
+
+    def plain(x, weight):
+        return jnp.einsum("bsi,oi->bso", x, weight, preferred_element_type=dtype)
+
+    def blocked(x, weight):
+        blocks = weight.reshape(THIN_BLOCKS, -1, weight.shape[1])
+        y = jnp.einsum("ri,noi->nro", x.reshape(-1, x.shape[-1]), blocks, preferred_element_type=dtype)
+        return y.swapaxes(0, 1).reshape(*x.shape[:-1], weight.shape[0])
+
+    if x.shape[0] * x.shape[1] in THIN_ROWS and weight.shape[0] % THIN_BLOCKS == 0:
+        return jax.lax.platform_dependent(x, weight, cpu=blocked, default=plain)
+    return plain(x, weight)
 
 
 class Normalise(nn.Module):
