@@ -1,5 +1,7 @@
 """kvjax: KV-cache strategies for LLM inference in JAX. Choose one, measure it, write your own.
 
+The front door:
+
     model = kvjax.load_model("kvjax-4m")
     kvjax.generate(model, ["import os\n"], strategy="h2o(heavy=0.1,recent=0.1)", max_new_tokens=64)
     kvjax.score(model, token_ids, prompt_len=512, strategy="streaming(sinks=4,window=252)")
@@ -12,6 +14,6 @@ from kvjax.models import Model, load_model
 from kvjax.sampling import Sampling
 
 __all__ = [
-    "DenseStore", "Generation", "InputError", "KvjaxError", "Model", "ModelError", "Policy", "PrefillPlan", "Sampling", "Slots", "SpecError",
-    "Strategy", "generate", "load_model", "parse_strategy", "score", "stream",
+    "DenseStore", "Generation", "InputError", "KvjaxError", "Model", "ModelError", "Policy", "PrefillPlan", "Sampling", "Slots",
+    "SpecError", "Strategy", "generate", "load_model", "parse_strategy", "score", "stream",
 ]  # fmt: skip

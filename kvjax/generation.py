@@ -1,5 +1,7 @@
 """Offline generation and scoring: a batch of prompts, one strategy, the whole batch from start to end.
 
+For example:
+
     model = kvjax.load_model("kvjax-4m")
     result = kvjax.generate(model, ["def main():"], strategy="h2o(heavy=0.1,recent=0.1)", max_new_tokens=64)
     logits = kvjax.score(model, token_ids, prompt_len=512, strategy="streaming")
@@ -9,7 +11,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -145,9 +147,7 @@ def stream(
     done = 1
     while done < max_new_tokens and bool(np.asarray(remaining).any()):
         steps = min(steps_per_call, max_new_tokens - done)
-        kv, token, remaining, out = decode_steps(
-            model.decoder, strategy, sampling, stops, steps, model.params, kv, token, remaining, seeds
-        )
+        kv, token, remaining, out = decode_steps(model.decoder, strategy, sampling, stops, steps, model.params, kv, token, remaining, seeds)
         yield Emitted(np.asarray(out), kv)
         done += steps
 
@@ -253,9 +253,15 @@ def run_prefill(
     return logits, _settle(strategy, kv, allocate()) if staged else kv
 
 
+def _apply(decoder: Decoder, params, tokens, kv: KVState, step: Prefill | Decode) -> tuple[Float[Array, "B T V"], KVState]:
+    """`decoder.apply`, with the types that Flax leaves open."""
+    result: Any = decoder.apply(params, tokens, kv, step)
+    return result
+
+
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _prefill(decoder: Decoder, params, tokens, kv: KVState, step: Prefill):
-    logits, kv = decoder.apply(params, tokens, kv, step)
+    logits, kv = _apply(decoder, params, tokens, kv, step)
     return logits[:, 0], kv
 
 
@@ -296,7 +302,7 @@ def decode_steps(
     def one(carry, _):
         kv, token, remaining = carry
         active = remaining > 0
-        logits, kv = decoder.apply(params, token[:, None], kv, Decode(active, strategy))
+        logits, kv = _apply(decoder, params, token[:, None], kv, Decode(active, strategy))
         chosen = sampling.choose(logits[:, 0], seeds, kv.length)
         token = jnp.where(active, chosen, token)
         return (kv, token, left_after(remaining, token, stops)), jnp.where(active, token, -1)
@@ -320,7 +326,7 @@ def _score_steps(
     everyone: Bool[Array, " B"] = jnp.ones(tokens.shape[0], bool)
 
     def one(kv, token):
-        logits, kv = decoder.apply(params, token[:, None], kv, Decode(everyone, strategy))
+        logits, kv = _apply(decoder, params, token[:, None], kv, Decode(everyone, strategy))
         return kv, logits[:, 0]
 
     kv, logits = jax.lax.scan(one, kv, tokens.T)

@@ -140,7 +140,9 @@ def run(console: Console) -> None:
 
 def profile_strategies(model: Model, chosen: list[Strategy], workload, batch_size: int, sampling, plan, console: Console) -> None:
     """One traced batch per strategy, after compiling, and the time its scopes took."""
-    settings: dict[str, Any] = dict(max_new_tokens=min(32, FLAGS.output_len), sampling=sampling, seed=FLAGS.seed, stop_tokens=(), prefill=plan)
+    settings: dict[str, Any] = dict(
+        max_new_tokens=min(32, FLAGS.output_len), sampling=sampling, seed=FLAGS.seed, stop_tokens=(), prefill=plan
+    )
     prompts = workload.prompts[:batch_size]
     for strategy in chosen:
         directory = pathlib.Path(FLAGS.profile_dir) / strategy.policy.describe().replace(",", "_")

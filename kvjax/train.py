@@ -10,9 +10,11 @@ It ends by writing the model as a Hugging Face Llama directory, in bfloat16, wit
 import collections
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import pathlib
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -22,10 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from absl import app, flags
+from absl import app, flags, logging
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvjax.cache.steps import Forward
+from kvjax.models import hugging_face
 from kvjax.models.config import BUNDLED, preset
 from kvjax.models.decoder import Decoder
 from kvjax.quality import recall
@@ -99,8 +102,8 @@ class Recipe:
 
 
 RECIPES = {
-    "kvjax-1m": Recipe((Stage(64, 64, 1000), Stage(128, 32, 1000), Stage(384, 12, 700), Stage(1280, 4, 600))),
-    "kvjax-4m": Recipe((Stage(64, 64, 450), Stage(128, 32, 550), Stage(384, 12, 450), Stage(1280, 4, 450)), learning_rate=6e-3),
+    "kvjax-1m": Recipe((Stage(64, 64, 600), Stage(128, 32, 900), Stage(384, 12, 500), Stage(1280, 4, 120))),
+    "kvjax-4m": Recipe((Stage(64, 64, 450), Stage(128, 32, 550), Stage(384, 12, 400), Stage(1280, 4, 100)), learning_rate=2e-3, adam_learning_rate=2e-3),
 }
 
 
@@ -144,7 +147,7 @@ def batch_at(recipe: Recipe, seed: int, step: int) -> dict[str, np.ndarray]:
 def ahead[T](make: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:
     """`make(step)` for every step, the next one prepared in a thread while the caller works on this one."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        pending = collections.deque()
+        pending: collections.deque[concurrent.futures.Future[T]] = collections.deque()
         for step in steps:
             pending.append(pool.submit(make, step))
             if len(pending) > 2:
@@ -153,9 +156,14 @@ def ahead[T](make: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:
             yield pending.popleft().result()
 
 
+def block_for(context: int) -> int | None:
+    """Query block of the attention: the scores of a short row are cheaper to keep than to compute again."""
+    return 256 if context > 512 else None
+
+
 def loss_fn(model: Decoder, params, batch) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Weighted next-byte loss (nats), and what the progress line shows."""
-    logits, _ = model.apply(params, batch["tokens"], None, Forward(batch["positions"]))
+    logits, _ = model.apply(params, batch["tokens"], None, Forward(batch["positions"], block_for(batch["tokens"].shape[1])))
     targets = batch["tokens"][:, 1:]
     nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
     weights = batch["weights"][:, 1:]
@@ -189,7 +197,7 @@ def train_step(model: Decoder, recipe: Recipe, state, batch):
 
 
 def held_out_scores(model: Decoder, params, seed: int = 1, context: int = 1024, rows: int = 32, num_facts: int = 8) -> dict:
-    """Scores of the full cache on held-out data: bits per byte on standard-library files, recall accuracy by depth.
+    """Scores of full attention on held-out data: bits per byte on standard-library files, recall accuracy by depth.
 
     Recall: `rows` prompts of `context` bytes less the questions, facts at `num_facts` depths, greedy answers (teacher-forced bytes:
     an answer counts when every byte is the model's first choice). Bits per byte: over the last half of `rows` windows of `context` bytes.
@@ -198,7 +206,7 @@ def held_out_scores(model: Decoder, params, seed: int = 1, context: int = 1024, 
     rng = np.random.default_rng(seed)
     hits = np.zeros(num_facts)
     nll, counted = 0.0, 0
-    depths = None
+    depths = np.zeros(num_facts)
     for start in range(0, rows, 4):
         tests = [recall.recall_test(rng, context - num_facts * recall.STATEMENT_BYTES, num_facts) for _ in range(min(4, rows - start))]
         tokens = np.stack([np.concatenate([t.prompt, t.continuation]) for t in tests]).astype(np.int32)
@@ -261,16 +269,57 @@ def train(model_name: str, recipe: Recipe, output_dir: pathlib.Path, seed: int, 
     return state[0]
 
 
+def plot_curve(curve: pathlib.Path, picture: pathlib.Path) -> None:
+    """Draws bits per byte and recall over the bytes seen, with the stages' contexts marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in curve.read_text().splitlines()]
+    steps = [row["step"] for row in rows]
+    figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    axis.plot(steps, [row["bits_per_byte"] for row in rows], color="tab:blue", linewidth=1)
+    axis.set(xlabel="step", ylabel="bits per byte (training batch)", ylim=(0, 6))
+    right = axis.twinx()
+    right.plot(steps, [row["recall"] for row in rows], color="tab:orange", linewidth=1)
+    right.set(ylabel="recall (training batch)", ylim=(0, 1.02))
+    for before, after in itertools.pairwise(rows):
+        if before["context"] != after["context"]:
+            axis.axvline(after["step"], color="grey", linewidth=0.8, linestyle=":")
+            axis.annotate(f" context {after['context']}", (after["step"], 5.6), fontsize=8, color="grey")
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
 def main(argv):
     del argv
     recipe = RECIPES[FLAGS.model].scaled(FLAGS.scale)
     output_dir = pathlib.Path(FLAGS.output_dir)
     params = train(FLAGS.model, recipe, output_dir, FLAGS.seed, FLAGS.checkpoint_every)
-    scores = held_out_scores(Decoder(preset(FLAGS.model)), params)
+
+    config = preset(FLAGS.model)
+    directory = output_dir / FLAGS.model
+    hugging_face.save_directory(directory, config, params, jnp.bfloat16)
+    rounded = hugging_face.load_parameters(directory, config, jnp.float32)
+    scores = held_out_scores(Decoder(config), rounded)
     print(json.dumps(scores, indent=2))
-    record = {"recipe": dataclasses.asdict(recipe), "seed": FLAGS.seed, "python": platform.python_version(), "jax": jax.__version__}
-    (output_dir / "training.json").write_text(json.dumps(record | {"held_out": scores}, indent=2) + "\n")
+    record = {
+        "model": FLAGS.model,
+        "parameters": config.parameter_count,
+        "recipe": dataclasses.asdict(recipe),
+        "bytes_seen": sum(s.steps * s.rows * s.context for s in recipe.stages),
+        "seed": FLAGS.seed,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "held_out": scores,
+    }
+    (directory / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    shutil.copy(output_dir / "loss.jsonl", directory / "loss.jsonl")
+    plot_curve(directory / "loss.jsonl", directory / "loss.png")
+    print(f"wrote {directory}; copy it to kvjax/assets/ to make it the bundled {FLAGS.model}")
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)
     app.run(main)

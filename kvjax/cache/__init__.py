@@ -9,6 +9,7 @@ from kvjax.cache.stores import STORES, DenseStore
 from kvjax.cache.strategy import Strategy
 
 __all__ = [
-    "H2O", "POLICIES", "PROTECTED", "STORES", "Amount", "CacheShape", "Decode", "DenseStore", "Forward", "Full", "KVState", "LayerState", "Ledger",
-    "OracleTopK", "Policy", "Prefill", "Slots", "Strategy", "Streaming", "Tier", "ledger", "parse_policy", "parse_strategy", "split_specs", "tokens",
+    "H2O", "POLICIES", "PROTECTED", "STORES", "Amount", "CacheShape", "Decode", "DenseStore", "Forward", "Full", "KVState", "LayerState",
+    "Ledger", "OracleTopK", "Policy", "Prefill", "Slots", "Strategy", "Streaming", "Tier", "ledger", "parse_policy", "parse_strategy",
+    "split_specs", "tokens",
 ]  # fmt: skip

@@ -47,14 +47,14 @@ def prompt_attention(
     Returns:
       The output, and the attention mass of every key summed over the valid queries (H2O's score of a prompt, arXiv:2306.14048 section 4).
 
-    Memory is O(S * block). While a block is at hand its rows are complete, so its probabilities are final and their column sums cost one more
-    pass over a block that is still in cache, not a second computation of all scores.
+    Memory is O(S * block). While a block is at hand its rows are complete, so its probabilities are final and their column sums cost one
+    more pass over a block that is still in cache, not a second computation of all scores.
     """
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
     q = (q * dim**-0.5).reshape(batch, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)  # [B, Hkv, G, S, D]
     k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # [B, Hkv, D, S] and [B, Hkv, S, D]
-    outs, mass = [], None if group_mass is None else jnp.zeros((batch, kv_heads, length), jnp.float32)
+    outs, mass = [], jnp.zeros((batch, kv_heads, length), jnp.float32)
     for start in range(0, length, block):
         end = min(start + block, length)
         visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)
@@ -64,7 +64,7 @@ def prompt_attention(
             counted = jnp.where(query_valid[:, None, None, start:end, None], probs, 0)
             mass = mass.at[..., :end].add(group_mass(counted))
     out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, length, heads, dim), mass
+    return out.reshape(batch, length, heads, dim), None if group_mass is None else mass
 
 
 def chunk_attention(
@@ -88,7 +88,7 @@ def chunk_attention(
     q = (q * dim**-0.5).reshape(batch, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
     seen = key_position[:, :, None, None]
-    outs, mass = [], None if group_mass is None else jnp.zeros((batch, kv_heads, k.shape[-1]), jnp.float32)
+    outs, mass = [], jnp.zeros((batch, kv_heads, k.shape[-1]), jnp.float32)
     for start in range(0, length, block):
         end = min(start + block, length)
         visible = (seen >= 0) & (seen <= query_position[:, None, None, start:end, None])
@@ -97,7 +97,7 @@ def chunk_attention(
         if group_mass is not None:
             mass += group_mass(jnp.where(query_valid[:, None, None, start:end, None], probs, 0))
     out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, length, heads, dim), mass
+    return out.reshape(batch, length, heads, dim), None if group_mass is None else mass
 
 
 def _attend_block(q, k, v, visible):

@@ -2,9 +2,9 @@
 
 Dims: B rows of the batch, Hkv kv heads, h = Hkv or 1 (metadata shared by all heads), C slots of a row, D head dim.
 
-A slot is a place in a row's storage. For each kv head it holds the key and value of one token. Where a policy keeps everything, slot i holds
-position i and no metadata exists. Where it evicts, each slot carries the true position of its token (-1: empty), and attention does not care
-in which order slots stand, because keys are cached after RoPE.
+A slot is a place in a row's storage. For each kv head it holds the key and value of one token. Where a policy keeps everything, slot i
+holds position i and no metadata exists. Where it evicts, each slot carries the true position of its token (-1: empty), and attention does
+not care in which order slots stand, because keys are cached after RoPE.
 """
 
 import dataclasses

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache.attention import causal_attention
+from kvjax.cache.attention import causal_attention, prompt_attention
 from kvjax.cache.state import KVState
 from kvjax.cache.strategy import Strategy
 
@@ -18,18 +18,22 @@ class Forward:
 
     Attributes:
       token_positions: true position of every token.
+      block: attend to that many queries at a time and recompute them in the backward pass, for long rows (static; None: all at once).
     """
 
     token_positions: Int[Array, "B S"]
+    block: int | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     def positions(self, kv: None, num_tokens: int) -> Int[Array, "B S"]:
         return self.token_positions
 
     def attend(self, layer, q, k, v, kv: None):
         with jax.named_scope("attend"):
-            # Keeping the scores for the backward pass is faster until they outgrow the caches.
-            attention = causal_attention if q.shape[1] <= 512 else jax.checkpoint(causal_attention)
-            return attention(q, k, v), kv
+            if self.block is None:
+                return causal_attention(q, k, v), kv
+            every = jnp.ones(q.shape[:2], bool)
+            blocked = jax.checkpoint(lambda q, k, v: prompt_attention(q, k, v, every, block=self.block)[0])
+            return blocked(q, k, v), kv
 
     def hidden(self, x: Float[Array, "B S M"]) -> Float[Array, "B S M"]:
         return x

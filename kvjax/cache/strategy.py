@@ -4,10 +4,11 @@ The decoder meets it per layer, in `prefill` and `decode`; around them stand `in
 chunks but is compressed only once it is complete).
 
 What happens to a prompt:
-  whole    one call sees it all; each layer attends, then keeps what the policy keeps. Only one layer's full keys and values exist at a time.
+  whole    one call sees it all; each layer attends, then keeps what the policy keeps. Only one layer's full keys and values exist at
+           a time.
   staged   chunks go into a state that holds everything (`stage`), statistics add up, `settle` compresses. Same result as whole.
-  bounded  after every chunk the kept set is cut back to the budget. Memory never exceeds the budget plus one chunk of one layer; the result is
-           an approximation, because a token may be dropped before the queries that would have wanted it were seen.
+  bounded  after every chunk the kept set is cut back to the budget. Memory never exceeds the budget plus one chunk of one layer; the
+           result is an approximation, because a token may be dropped before the queries that would have wanted it were seen.
 """
 
 import dataclasses
@@ -162,6 +163,7 @@ class Strategy:
     def _evict(self, layer: LayerState, slot, here, k, v, probs, kv: KVState, active) -> LayerState:
         """After a token went into `slot`: update the scores, free a slot if the row is over its budget, name the next slot."""
         policy, position, score = self.policy, layer.position, layer.score
+        assert position is not None
         length = kv.length + 1
         if score is not None:
             stored = jnp.where(here, self.policy.initial_score(k, v), score)
@@ -181,6 +183,7 @@ class Strategy:
 
     def _prefill_bounded(self, layer: LayerState, q, k, v, kv: KVState, valid, group_mass):
         """Attend to the kept slots and the chunk, then cut both together back to the budget."""
+        assert layer.position is not None
         batch, size = valid.shape
         position = kv.length[:, None] + jnp.arange(size)
         fresh = jnp.broadcast_to(jnp.where(valid, position, -1)[:, None], (batch, layer.position.shape[1], size))

@@ -173,8 +173,8 @@ def measure(
         progress("generated")
     transient = None
     if output_len > 1:
-        program = decode_program(model, strategy, sampling, state)
-        transient = program.memory_analysis().temp_size_in_bytes
+        analysis = decode_program(model, strategy, sampling, state).memory_analysis()
+        transient = None if analysis is None else analysis.temp_size_in_bytes
     books = ledger(strategy, state, transient)
 
     parts: list[tuple[np.ndarray, ...]] = []

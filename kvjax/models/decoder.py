@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kvjax.models.config import OPT_POSITION_OFFSET, Activation, Llama3Scaling, ModelConfig, Norm, Rope
@@ -47,7 +48,7 @@ class Decoder(nn.Module):
     """A decoder-only transformer (see ModelConfig for the families it covers)."""
 
     config: ModelConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype(jnp.float32)
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "B S"], kv: KV, step: Step[KV]) -> tuple[Float[Array, "B T V"], KV]:
@@ -100,9 +101,7 @@ class Block(nn.Module):
         attention_norm = Normalise(self.config, self.dtype, name="attention_norm")
         mlp_norm = Normalise(self.config, self.dtype, name="mlp_norm")
 
-        out, kv = Attention(self.config, self.layer, self.dtype, name="attention")(
-            attention_norm(x) if first else x, rotation, kv, step
-        )
+        out, kv = Attention(self.config, self.layer, self.dtype, name="attention")(attention_norm(x) if first else x, rotation, kv, step)
         x = x + out if first else attention_norm(x + out)
         out = Mlp(self.config, self.dtype, name="mlp")(mlp_norm(x) if first else x)
         x = x + out if first else mlp_norm(x + out)
@@ -172,7 +171,7 @@ class Linear(nn.Module):
 THIN_ROWS, THIN_BLOCKS = range(2, 33), 8
 
 
-def matmul(x: Float[Array, "B S I"], weight: Float[Array, "O I"], dtype: jnp.dtype) -> Float[Array, "B S O"]:
+def matmul(x: Float[Array, "B S I"], weight: Float[Array, "O I"], dtype: DTypeLike) -> Float[Array, "B S O"]:
     """x W^T, accumulated in at least float32 and returned as `dtype`.
 
     For a few rows XLA's CPU backend is faster when the outputs form a batch of blocks (BUILD_NOTES.md has the measurements).
@@ -239,5 +238,6 @@ def rope_angles(rope: Rope, head_dim: int, positions: Int[Array, "B S"]) -> tupl
 def rotate(x: Float[Array, "B S H D"], rotation) -> Float[Array, "B S H D"]:
     """Applies RoPE: pairs are (i, i + D/2)."""
     cos, sin = rotation
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    turned = jnp.flip(halves, -2) * jnp.array([[-1.0], [1.0]])  # (a, b) -> (-b, a)
+    return (halves * cos[..., None, :] + turned * sin[..., None, :]).reshape(x.shape).astype(x.dtype)

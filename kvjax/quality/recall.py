@@ -2,9 +2,9 @@
 
     @qzk481; ... filler ... @abd007; ... filler ... ?qzk481;?abd007;
 
-A fact is a three-letter name and a three-digit value, drawn at random, so an answer cannot be guessed (1 in 1,000) and must be read from the
-KV cache. The filler is Python source, from the standard library of the interpreter that runs this. The same generator makes the training
-documents (kvjax.train) and the workload that measures what a cache strategy forgets (kvjax.run).
+A fact is a three-letter name and a three-digit value, drawn at random, so an answer cannot be guessed (1 in 1,000) and must be read from
+the KV cache. The filler is Python source, from the standard library of the interpreter that runs this. The same generator makes the
+training documents (kvjax.train) and the workload that measures what a cache strategy forgets (kvjax.run).
 """
 
 import dataclasses

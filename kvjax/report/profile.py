@@ -1,8 +1,8 @@
 """Profiler traces: writing one, and reading back how long each named scope took.
 
-The profiler writes an XSpace protobuf. It holds the executed instructions with their times, and the compiled programs, whose instructions carry
-the scope they were traced in (`jax.named_scope`). Joining the two gives time by scope on any backend, without a viewer. Only the few fields that
-takes are declared here; protobuf skips the rest.
+The profiler writes an XSpace protobuf. It holds the executed instructions with their times, and the compiled programs, whose instructions
+carry the scope they were traced in (`jax.named_scope`). Joining the two gives time by scope on any backend, without a viewer. Only the
+few fields that takes are declared here; protobuf skips the rest.
 """
 
 import contextlib

@@ -62,7 +62,9 @@ def record(measurement: Measurement, model: Model, workload: Workload, options: 
     }
 
 
-def write(directory: pathlib.Path, records: list[dict[str, Any]], measurements: list[Measurement], workload: Workload, model: Model) -> None:
+def write(
+    directory: pathlib.Path, records: list[dict[str, Any]], measurements: list[Measurement], workload: Workload, model: Model
+) -> None:
     """Writes record.json (one line per strategy), requests.jsonl and samples.txt into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / "record.json", "".join(json.dumps(r) + "\n" for r in records))
@@ -86,7 +88,9 @@ def write(directory: pathlib.Path, records: list[dict[str, Any]], measurements: 
         for measurement in measurements:
             for index, tokens in enumerate(measurement.samples[:4]):
                 prompt = model.tokenizer.decode(workload.prompts[index][-200:])
-                text.append(f"=== {measurement.strategy}, request {index}\n...{prompt}\n--- generated\n{model.tokenizer.decode(tokens)}\n\n")
+                text.append(
+                    f"=== {measurement.strategy}, request {index}\n...{prompt}\n--- generated\n{model.tokenizer.decode(tokens)}\n\n"
+                )
         _replace(directory / "samples.txt", "".join(text))
 
 
@@ -102,7 +106,11 @@ def _commit() -> str | None:
     root = pathlib.Path(__file__).resolve().parents[2]
     try:
         found = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -12,7 +12,9 @@ Record = dict[str, Any]
 def show(records: Sequence[Record], console: Console) -> None:
     """Prints records side by side."""
     first = records[0]
-    title = f"{first['model_id']} ({first['dtype']}) on {first['device_kind']}: {first['num_prompts']} prompts of {first['input_len']} tokens, "
+    title = (
+        f"{first['model_id']} ({first['dtype']}) on {first['device_kind']}: {first['num_prompts']} prompts of {first['input_len']} tokens, "
+    )
     title += f"{first['output_len']} generated, batch {first['batch_size']}, seed {first['seed']}"
     console.print(f"\n[bold]{title}[/bold]", highlight=False)
     table = Table(show_edge=False, pad_edge=False, header_style="bold")

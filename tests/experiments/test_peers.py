@@ -159,6 +159,7 @@ def test_all_variants_continue_alike_and_repeat_themselves(tmp_path):
     Every prompt holds id 0, which transformers also knows as the padding token.
     """
     peers = client.available()
+    assert peers.python is not None
     assert not peers.missing
     write_random(tmp_path, SMALL, std=0.15)
     requests = [(1, 24, 0), (1, 24, 0), (1, 24, 5), (1, 24, 0), (2, 40, 0), (8, 17, 0)]

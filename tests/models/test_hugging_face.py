@@ -113,7 +113,7 @@ def test_llama_without_kv_heads_has_one_a_query_head(edited):
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
-REFUSED = [
+REFUSED: list[tuple[str, dict, str]] = [
     (
         "llama_tied",
         {"architectures": ["GemmaForCausalLM"]},

@@ -102,7 +102,7 @@ def test_random_weights_of_a_directory(tmp_path):
     shutil.copytree(PARITY / "opt", tmp_path / "opt")
     (tmp_path / "opt" / "model.safetensors").unlink()
     model = load_model(tmp_path / "opt", random_weights=True)
-    assert jax.tree.structure(model.params) == jax.tree.structure(load_model(PARITY / "opt").params)
+    jax.tree.map(lambda _, other: None, model.params, load_model(PARITY / "opt").params)
 
 
 def test_bundled_model(monkeypatch, tmp_path):
@@ -116,6 +116,7 @@ def test_bundled_model(monkeypatch, tmp_path):
     model = load_model("kvjax-1m", "bfloat16")
     assert model.config == small
     assert_trees_equal(model.params, made.params)
+    assert model.tokenizer is not None
     assert model.tokenizer.decode(model.tokenizer.encode("käse")) == "käse"
 
 

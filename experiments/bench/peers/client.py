@@ -82,6 +82,11 @@ class Worker:
         for reader in self._readers:
             reader.start()
 
+    @property
+    def pid(self) -> int:
+        """The worker's process id, also after it has ended."""
+        return self._process.pid
+
     def __enter__(self) -> "Worker":
         return self
 

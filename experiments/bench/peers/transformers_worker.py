@@ -136,8 +136,8 @@ class TransformersWorker:
             "hf-dynamic-loop": DynamicLoop,
             "hf-static-eager": StaticLoop,
             "hf-generate": Generate,
-            "hf-static-compile": lambda *a: StaticLoop(*a, forward=self._compiled(freezing=False)),
-            "hf-static-freeze": lambda *a: StaticLoop(*a, forward=self._compiled(freezing=True)),
+            "hf-static-compile": lambda model, ids, steps: StaticLoop(model, ids, steps, self._compiled(freezing=False)),
+            "hf-static-freeze": lambda model, ids, steps: StaticLoop(model, ids, steps, self._compiled(freezing=True)),
         }
         self.prefill_variants: dict[str, type[Decoding]] = {
             "hf-dynamic-loop": DynamicLoop,

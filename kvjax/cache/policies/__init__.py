@@ -8,4 +8,4 @@ from kvjax.cache.policies.streaming import Streaming
 
 POLICIES: dict[str, type[Policy]] = {spec_name(p): p for p in (Full, Streaming, H2O, OracleTopK)}
 
-__all__ = ["POLICIES", "PROTECTED", "Amount", "Full", "H2O", "OracleTopK", "Policy", "Slots", "Streaming", "spec_name", "tokens"]
+__all__ = ["H2O", "POLICIES", "PROTECTED", "Amount", "Full", "OracleTopK", "Policy", "Slots", "Streaming", "spec_name", "tokens"]

@@ -24,13 +24,13 @@ class Slots:
 
     Attributes:
       position: true position of each slot's token; undefined where the slot is empty.
-      score: the policy's statistic.
+      score: the policy's statistic, float32 of the same shape; None for a policy that keeps none.
       length: tokens seen so far, the newest has position `length - 1`.
       prompt_length: tokens of the prompt.
     """
 
     position: Int[Array, "B h C"]
-    score: Float[Array, "B h C"] | None
+    score: Any
     length: Int[Array, "B 1 1"]
     prompt_length: Int[Array, "B 1 1"]
 
@@ -44,12 +44,15 @@ class Policy:
     Class attributes:
       observes: the policy wants the attention mass of every key, summed over queries (`observe`).
       per_head: each kv head keeps its own tokens; False shares one choice, and its metadata, among all heads.
-      evicts_in_decode: after the prompt, the kept set stays within the budget; False appends every new token.
     """
 
     observes: ClassVar[bool] = False
     per_head: ClassVar[bool] = True
-    evicts_in_decode: ClassVar[bool] = True
+
+    @property
+    def evicts_in_decode(self) -> bool:
+        """Whether the kept set stays within the budget after the prompt too; False appends every new token."""
+        return True
 
     @property
     def keeps_score(self) -> bool:

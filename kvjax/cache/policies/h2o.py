@@ -43,7 +43,7 @@ class H2O(Policy):
             raise SpecError(f"h2o: group={self.group!r} does not exist; choose from {', '.join(get_args(GroupReduction))}")
 
     @property
-    def evicts_in_decode(self) -> bool:  # type: ignore[override]
+    def evicts_in_decode(self) -> bool:
         return self.decode
 
     def budget(self, prompt_length: Any) -> Any:

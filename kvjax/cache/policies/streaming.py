@@ -13,7 +13,8 @@ from kvjax.errors import SpecError
 class Streaming(Policy):
     """Keeps the first `sinks` tokens and the last `window` tokens.
 
-    The paper re-numbers positions inside the cache; kvjax keeps the true ones, so that strategies differ in what they keep and in nothing else.
+    The paper re-numbers positions inside the cache; kvjax keeps the true ones, so that strategies differ in what they keep and in nothing
+    else.
     """
 
     sinks: Amount = 4

@@ -4,15 +4,14 @@ Keys are stored `[B*Hkv, D, C]` and values `[B*Hkv, C, D]`. Rows and kv heads sh
 layout XLA's CPU backend neither copies the cache around the update nor reads it once per query head: both products are plain batched
 matrix products over arrays as they lie (BUILD_NOTES.md has the measurements).
 
-What `init` returns is memory nobody has written. The first prefill of a row writes every slot, zeros where it stores nothing, so decode steps
-may multiply an unused value by a probability of zero.
+What `init` returns is memory nobody has written. The first prefill of a row writes every slot, zeros where it stores nothing, so decode
+steps may multiply an unused value by a probability of zero.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.attention import NEG_INF
@@ -67,7 +66,12 @@ class DenseStore:
         return DenseLayer(k=k.swapaxes(1, 2), v=v)
 
     def write_chunk(
-        self, layer: DenseLayer, start: Int[Array, " B"], k: Float[Array, "B S Hkv D"], v: Float[Array, "B S Hkv D"], valid: Bool[Array, "B S"]
+        self,
+        layer: DenseLayer,
+        start: Int[Array, " B"],
+        k: Float[Array, "B S Hkv D"],
+        v: Float[Array, "B S Hkv D"],
+        valid: Bool[Array, "B S"],
     ) -> DenseLayer:
         """Writes token s of row b into slot `start[b] + s`, where valid."""
         batch, size, heads, _ = k.shape
@@ -86,11 +90,12 @@ class DenseStore:
     ) -> DenseLayer:
         """Writes one token per active row into `slot`; the other rows stay as they are."""
         batch, heads, dim = k.shape
+        slot = jnp.where(active[:, None], slot, self.capacity(layer))  # out of range: dropped
         slot = jnp.broadcast_to(slot, (batch, heads)).reshape(-1)
-        keep = jnp.repeat(active, heads)
+        row = jnp.arange(batch * heads)
         return DenseLayer(
-            k=_overwrite(layer.k, k.reshape(-1, dim, 1), slot, keep, axis=1),
-            v=_overwrite(layer.v, v.reshape(-1, 1, dim), slot, keep, axis=0),
+            k=layer.k.at[row, :, slot].set(k.reshape(-1, dim).astype(layer.k.dtype), mode="drop", unique_indices=True),
+            v=layer.v.at[row, slot].set(v.reshape(-1, dim).astype(layer.v.dtype), mode="drop", unique_indices=True),
         )
 
     def attend(
@@ -113,10 +118,12 @@ class DenseStore:
         logits = jnp.where(visible[:, :, None], logits, NEG_INF)
         if (chosen := readable(logits)) is not None:
             logits = jnp.where(chosen, logits, NEG_INF)
-        probs = jax.nn.softmax(logits, axis=-1)
-        flat = probs.reshape(batch * kv_heads, *probs.shape[2:]).astype(layer.v.dtype)
+        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+        total = weights.sum(-1, keepdims=True)
+        flat = weights.reshape(batch * kv_heads, *weights.shape[2:]).astype(layer.v.dtype)
         out = jnp.einsum("ngs,nsd->ngd", flat, layer.v, preferred_element_type=jnp.float32)
-        return out.reshape(batch, heads, dim).astype(q.dtype), probs
+        out = out.reshape(batch, kv_heads, -1, dim) / total
+        return out.reshape(batch, heads, dim).astype(q.dtype), weights / total
 
     def poison(self, layer: DenseLayer, empty: Bool[Array, "B Hkv C"]) -> DenseLayer:
         """NaN keys in the slots marked empty, for tests: whatever stands there must not matter."""
@@ -130,14 +137,3 @@ class DenseStore:
 
 def _rows(x: Float[Array, "B S Hkv D"]) -> Float[Array, "N S D"]:
     return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
-
-
-def _overwrite(cache, new, slot, keep, axis: int):
-    """Puts `new[n]` at index `slot[n]` of `axis` of `cache[n]` where `keep[n]`, in place when donated."""
-
-    def one(row, value, at, wanted):
-        where = tuple(at if i == axis else 0 for i in range(row.ndim))
-        old = lax.dynamic_slice(row, where, value.shape)
-        return lax.dynamic_update_slice(row, jnp.where(wanted, value.astype(row.dtype), old), where)
-
-    return jax.vmap(one)(cache, new, slot, keep)

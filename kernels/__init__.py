@@ -1,0 +1,1 @@
+"""Pallas kernels; imports jax alone, never kvjax."""

@@ -1,0 +1,88 @@
+"""Blocked attention against the plain one, its statistics against explicit column sums, and its memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvjax.cache.attention import causal_attention, chunk_attention, prompt_attention
+
+SUM = lambda probs: probs.sum((-3, -2))  # noqa: E731
+
+
+def random_qkv(rng: np.random.Generator, batch: int, length: int, kv_heads: int, group: int, dim: int):
+    return tuple(rng.standard_normal((batch, length, heads, dim)).astype(np.float32) for heads in (kv_heads * group, kv_heads, kv_heads))
+
+
+def probabilities(q, k, position) -> np.ndarray:
+    """Causal P [B, Hkv, G, Q, K] in float64; `position` [B, S] of the keys, query i being token i."""
+    batch, length, heads, dim = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], -1, dim).astype(np.float64)
+    logits = np.einsum("bqngd,bknd->bngqk", grouped, k.astype(np.float64)) / np.sqrt(dim)
+    logits = np.where(np.arange(length)[None, :, None] >= position[:, None, :], logits.transpose(1, 2, 0, 3, 4), -np.inf)
+    probs = np.exp(logits - logits.max(-1, keepdims=True))
+    return (probs / probs.sum(-1, keepdims=True)).transpose(2, 0, 1, 3, 4)
+
+
+@pytest.mark.parametrize("block", [1, 7, 16, 64])
+@pytest.mark.parametrize(("batch", "length", "kv_heads", "group", "dim"), [(1, 1, 1, 1, 4), (2, 23, 2, 3, 8), (1, 32, 3, 1, 6)])
+def test_prompt_attention_is_causal_attention(batch, length, kv_heads, group, dim, block):
+    rng = np.random.default_rng(length + block)
+    q, k, v = random_qkv(rng, batch, length, kv_heads, group, dim)
+    counted = rng.random((batch, length)) < 0.7
+    out, mass = prompt_attention(q, k, v, counted, SUM, block)
+    np.testing.assert_allclose(out, causal_attention(q, k, v), atol=2e-6)
+    probs = probabilities(q, k, np.broadcast_to(np.arange(length), (batch, length)))
+    np.testing.assert_allclose(mass, np.einsum("bngqk,bq->bnk", probs, counted), atol=1e-5)
+    bare, nothing = prompt_attention(q, k, v, counted, None, block)
+    np.testing.assert_array_equal(bare, out)
+    assert nothing is None
+
+
+@pytest.mark.parametrize("block", [3, 64])
+def test_chunk_attention_over_keys_in_any_order_with_gaps(block):
+    rng = np.random.default_rng(block)
+    batch, length, start, spare = 2, 29, 20, 5
+    q, k, v = random_qkv(rng, batch, length, 2, 2, 8)
+    want = causal_attention(q, k, v)[:, start:]
+    order = rng.permutation(length + spare)
+    position = np.where(order < length, order, -1)
+    at = np.minimum(order, length - 1)
+    keys, values = (np.where((position >= 0)[None, :, None, None], x[:, at], 1e3) for x in (k, v))
+    queries = np.broadcast_to(np.arange(start, length), (batch, length - start))
+    counted = np.ones_like(queries, bool)
+    where = np.broadcast_to(position, (batch, 1, length + spare))
+    out, mass = chunk_attention(q[:, start:], keys, values, queries, where, counted, SUM, block)
+    np.testing.assert_allclose(out, want, atol=2e-6)
+    columns = probabilities(q, k, np.broadcast_to(np.arange(length), (batch, length)))[:, :, :, start:].sum((2, 3))
+    np.testing.assert_allclose(mass, np.where(position >= 0, columns[:, :, at], 0), atol=1e-5)
+
+
+def test_chunk_attention_with_other_tokens_per_head():
+    """Each kv head sees its own kept set."""
+    rng = np.random.default_rng(0)
+    q, k, v = random_qkv(rng, 1, 12, 2, 1, 8)
+    where = np.where(rng.random((1, 2, 12)) < 0.5, np.arange(12), -1)
+    where[..., -1] = 11
+    out, _ = chunk_attention(q[:, -1:], k, v, np.array([[11]]), where, np.ones((1, 1), bool))
+    for head in range(2):
+        held = where[0, head] >= 0
+        logits = k[0, held, head] @ q[0, -1, head] / np.sqrt(8)
+        probs = np.exp(logits - logits.max())
+        np.testing.assert_allclose(out[0, 0, head], probs / probs.sum() @ v[0, held, head], atol=2e-6)
+
+
+@pytest.mark.parametrize("group_mass", [None, SUM], ids=["plain", "statistics"])
+def test_scratch_memory_of_a_prompt_grows_with_its_length_and_not_its_square(group_mass):
+    def scratch(length: int) -> int:
+        q, k = (jax.ShapeDtypeStruct((1, length, heads, 16), jnp.float32) for heads in (4, 2))
+        valid = jax.ShapeDtypeStruct((1, length), bool)
+        program = jax.jit(lambda q, k, v, valid: prompt_attention(q, k, v, valid, group_mass, 128)).lower(q, k, k, valid).compile()
+        analysis = program.memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    short, long = scratch(512), scratch(2048)
+    scores = 4 * 4  # bytes of one query-key pair over all heads
+    assert long < 0.5 * 2048 * 2048 * scores
+    assert long < 1.5 * 4 * short

@@ -1,0 +1,116 @@
+"""Spec strings: what they mean, what they refuse and with which words."""
+
+import pytest
+
+from kvjax.cache import H2O, Full, OracleTopK, Strategy, Streaming, parse_policy, parse_strategy, split_specs
+from kvjax.errors import KvjaxError, SpecError
+
+MEANINGS = [
+    ("full", Full()),
+    ("h2o", H2O(0.1, 0.1)),
+    ("h2o()", H2O()),
+    ("h2o(heavy=8,recent=8)", H2O(8, 8)),
+    (" h2o( heavy = 0.1 , recent=12 ) ", H2O(0.1, 12)),
+    ("h2o(decode=False,group=max)", H2O(decode=False, group="max")),
+    ("h2o(group='first')", H2O(group="first")),
+    ("streaming", Streaming(4, 0.2)),
+    ("streaming(sinks=4,window=252)", Streaming(4, 252)),
+    ("oracle_topk(k=0.05)", OracleTopK(0.05)),
+]
+
+
+@pytest.mark.parametrize(("spec", "policy"), MEANINGS, ids=[spec for spec, _ in MEANINGS])
+def test_meaning_and_round_trip(spec, policy):
+    assert parse_policy(spec) == policy
+    assert parse_policy(policy.describe()) == policy
+    assert parse_strategy(spec) == Strategy(policy)
+    assert parse_strategy(parse_strategy(spec).describe()) == Strategy(policy)
+
+
+@pytest.mark.parametrize(
+    ("policy", "text"),
+    [
+        (Full(), "full"),
+        (H2O(), "h2o(heavy=0.1,recent=0.1)"),
+        (H2O(8, 8, decode=False), "h2o(heavy=8,recent=8,decode=False)"),
+        (H2O(8, 8, group="max"), "h2o(heavy=8,recent=8,group=max)"),
+        (Streaming(), "streaming(sinks=4,window=0.2)"),
+        (OracleTopK(16), "oracle_topk(k=16)"),
+    ],
+)
+def test_description_shows_numbers_always_and_switches_when_changed(policy, text):
+    assert policy.describe() == text
+
+
+REFUSED = [
+    ("h20", r"unknown strategy 'h20'; choose from full, streaming, h2o, oracle_topk"),
+    ("", r"cannot read strategy ''; write a name, or a name with arguments like h2o\(heavy=0.1,recent=0.1\)"),
+    ("h2o(", "cannot read strategy"),
+    ("h2o)", "cannot read strategy"),
+    ("h2o.full", "cannot read strategy"),
+    ("1 + 1", "cannot read strategy"),
+    ("h2o(heavy=1)(recent=1)", "cannot read strategy"),
+    ("h2o\0", "cannot read strategy"),
+    ("h2o(0.1)", "arguments need names"),
+    ("h2o(**x)", "arguments need names"),
+    ("h2o(hevy=0.1)", "strategy h2o has no argument 'hevy'; it takes heavy, recent, decode, group"),
+    ("full(k=1)", "strategy full has no argument 'k'; it takes no arguments"),
+    ("h2o(heavy=print(1))", "an argument is a number, a word, True or False"),
+    ("h2o(heavy=lots)", r"h2o: heavy='lots' is not a number; give an int \(tokens\) or a float \(fraction of the prompt\)"),
+    ("h2o(heavy=True)", "h2o: heavy=True is not a number"),
+    ("h2o(heavy=-1)", "h2o: heavy=-1 is negative"),
+    ("h2o(heavy=1.5)", r"h2o: heavy=1.5 is not a fraction between 0 and 1; write an int \(2\) for tokens"),
+    ("h2o(heavy=-0.5)", "h2o: heavy=-0.5 is not a fraction between 0 and 1"),
+    ("h2o(heavy=1e400)", "h2o: heavy=inf is not a fraction between 0 and 1"),
+    ("h2o(heavy=0,recent=0)", "h2o: heavy=0 and recent=0 keep nothing"),
+    ("h2o(group=mean)", "h2o: group='mean' does not exist; choose from sum, first, max"),
+    ("h2o(decode=maybe)", "h2o: decode='maybe' is not True or False"),
+    ("h2o(heavy=1,heavy=2)", "cannot read strategy"),
+    ("streaming(window=0)", "streaming: window=0 would drop every new token"),
+    ("oracle_topk(k=0)", "oracle_topk: k=0 reads nothing"),
+]
+
+
+@pytest.mark.parametrize(("spec", "message"), REFUSED, ids=[repr(spec) for spec, _ in REFUSED])
+def test_refused_in_one_line(spec, message):
+    with pytest.raises(SpecError, match=message) as error:
+        parse_policy(spec)
+    assert isinstance(error.value, KvjaxError)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_store():
+    with pytest.raises(SpecError, match="unknown store 'cloud'; choose from dense"):
+        parse_strategy("full", "cloud")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("full", ["full"]),
+        ("full, h2o(heavy=8,recent=8) ,streaming", ["full", "h2o(heavy=8,recent=8)", "streaming"]),
+        (",full,,", ["full"]),
+        ("", []),
+    ],
+)
+def test_split_at_commas_outside_parentheses(text, parts):
+    assert split_specs(text) == parts
+
+
+@pytest.mark.parametrize(
+    ("policy", "amount", "expected"),
+    [
+        (Full(), 64, Full()),
+        (H2O(), 9, H2O(4, 5)),
+        (H2O(), 0.2, H2O(0.1, 0.1)),
+        (Streaming(), 64, Streaming(4, 60)),
+        (OracleTopK(), 64, OracleTopK(64)),
+    ],
+)
+def test_overall_budget(policy, amount, expected):
+    assert policy.with_budget(amount) == expected
+
+
+def test_budget_that_leaves_no_window():
+    with pytest.raises(SpecError, match="a budget of 4 leaves no window beside sinks=4"):
+        Streaming().with_budget(4)
