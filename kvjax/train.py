@@ -60,7 +60,7 @@ class Recipe:
       learning_rate: peak for Muon (the matrices inside the layers; updates scaled to an RMS of 0.2).
       adam_learning_rate: peak for AdamW (embedding, norms).
       max_position: position jumps reach this far.
-      recall_share: share of rows that are recall documents.
+      recall_share, copy_share: shares of rows that are recall and copy documents; the rest is text.
     """
 
     stages: tuple[Stage, ...]
@@ -71,7 +71,8 @@ class Recipe:
     weight_decay: float = 0.05
     clip: float = 1.0
     max_position: int = 2048
-    recall_share: float = 0.6
+    recall_share: float = 0.4
+    copy_share: float = 0.2
 
     @property
     def steps(self) -> int:
@@ -103,7 +104,7 @@ class Recipe:
 
 RECIPES = {
     "kvjax-1m": Recipe((Stage(64, 64, 600), Stage(128, 32, 900), Stage(384, 12, 500), Stage(1280, 4, 120))),
-    "kvjax-4m": Recipe((Stage(64, 64, 450), Stage(128, 32, 550), Stage(384, 12, 400), Stage(1280, 4, 100)), learning_rate=2e-3, adam_learning_rate=2e-3),
+    "kvjax-4m": Recipe((Stage(64, 64, 450), Stage(128, 32, 550), Stage(384, 12, 400), Stage(1280, 4, 100)), learning_rate=3e-3, adam_learning_rate=3e-3),
 }
 
 
@@ -132,8 +133,11 @@ def batch_at(recipe: Recipe, seed: int, step: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng((seed, step))
     rows = []
     for i in range(stage.rows):
-        if i < round(stage.rows * recipe.recall_share):
+        place = (i + 0.5) / stage.rows
+        if place < recipe.recall_share:
             rows.append(recall.training_document(rng, stage.context, recipe.max_position))
+        elif place < recipe.recall_share + recipe.copy_share:
+            rows.append(recall.copy_document(rng, stage.context))
         else:
             rows.append(recall.text_document(rng, stage.context))
     return {

@@ -253,7 +253,8 @@ def main(argv: list[str]) -> None:
             console.print("interrupted; what follows is what there is", style="bold red")
         tables.show(bench.records, bench.notes, console)
     failed = sum(bar.verdict == "FAIL" for bar in bars.evaluate(bench.records))
-    warning = "; a quick run, whose figures mean nothing" if FLAGS.quick else ""
+    disturbed = any(record["disturbed"] for record in bench.records)
+    warning = "; a quick run, whose figures mean nothing" if FLAGS.quick else "; disturbed samples count: not a result" if disturbed else ""
     line = f"{failed} bars failed{warning}; wrote speed.jsonl and speed.md to {output_dir} ({time.perf_counter() - began:.0f} s)"
     console.print(f"\n{line}", highlight=False)
 

@@ -79,12 +79,12 @@ def markdown(records: Sequence[Record], notes: Sequence[str], command: str) -> s
 def show(records: Sequence[Record], notes: Sequence[str], console: Console) -> None:
     """The whole result on the terminal."""
     for grid in (*grids(records), bar_grid(evaluate(records))):
-        table = Table(title=grid.title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False, header_style="bold")
+        table = Table(show_edge=False, pad_edge=False, header_style="bold")
         for i, head in enumerate(grid.header):
             table.add_column(head, justify="left" if i == 0 or head == "remark" else "right", overflow="fold")
         for row in grid.rows:
             table.add_row(*(_coloured(text) for text in row))
-        console.print()
+        console.print(f"\n[bold]{grid.title}[/bold]", highlight=False)
         console.print(table)
     console.print()
     for fact in facts(records, notes):

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 
 from kvjax.cache.policies import POLICIES, Policy
 from kvjax.cache.stores import STORES
@@ -12,7 +13,7 @@ from kvjax.errors import SpecError
 def parse_strategy(spec: str, store: str = "dense") -> Strategy:
     """The strategy that a spec string names: a policy name, optionally with keyword arguments.
 
-    An int is tokens, a float is a fraction of the prompt. Raises SpecError with what exists.
+    A policy of your own is named by its module and class: `my_policies:KeyNorm(keep=64)`. An int is tokens, a float is a fraction of the prompt. Raises SpecError with what exists.
     """
     if store not in STORES:
         raise SpecError(f"unknown store {store!r}; choose from {', '.join(STORES)}")
@@ -22,8 +23,9 @@ def parse_strategy(spec: str, store: str = "dense") -> Strategy:
 def parse_policy(spec: str) -> Policy:
     """The policy part of `parse_strategy`."""
     problem = SpecError(f"cannot read strategy {spec!r}; write a name, or a name with arguments like h2o(heavy=0.1,recent=0.1)")
+    module, colon, call = spec.strip().rpartition(":")
     try:
-        tree = ast.parse(spec.strip(), mode="eval").body
+        tree = ast.parse(call, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise problem from None
     arguments: dict[str, object] = {}
@@ -31,18 +33,32 @@ def parse_policy(spec: str) -> Policy:
         if tree.args or any(keyword.arg is None for keyword in tree.keywords):
             raise SpecError(f"strategy {spec!r}: arguments need names, like h2o(heavy=0.1,recent=0.1)")
         for keyword in tree.keywords:
-            arguments[str(keyword.arg)] = _value(keyword.value, spec)
+            name = str(keyword.arg)
+            if name in arguments:
+                raise SpecError(f"strategy {spec!r} gives {name} twice")
+            arguments[name] = _value(keyword.value, spec)
         tree = tree.func
     if not isinstance(tree, ast.Name):
         raise problem
-    kind = POLICIES.get(tree.id)
+    kind = _imported(module, tree.id) if colon else POLICIES.get(tree.id)
     if kind is None:
-        raise SpecError(f"unknown strategy {tree.id!r}; choose from {', '.join(POLICIES)}")
+        raise SpecError(f"unknown strategy {tree.id!r}; choose from {', '.join(POLICIES)}, or name your own as module:Class")
     known = [field.name for field in dataclasses.fields(kind)]
     if unknown := [name for name in arguments if name not in known]:
         takes = f"it takes {', '.join(known)}" if known else "it takes no arguments"
         raise SpecError(f"strategy {tree.id} has no argument {unknown[0]!r}; {takes}")
     return kind(**arguments)
+
+
+def _imported(module: str, name: str) -> type[Policy]:
+    """The policy class `name` of an importable module. Raises SpecError."""
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError) as error:
+        raise SpecError(f"cannot import module {module!r} for strategy {module}:{name}: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, Policy) and dataclasses.is_dataclass(found)):
+        raise SpecError(f"{module}:{name} is not a kvjax.Policy dataclass")
+    return found
 
 
 def split_specs(text: str) -> list[str]:

@@ -59,13 +59,13 @@ REFUSED = [
     ("h2o(heavy=lots)", r"h2o: heavy='lots' is not a number; give an int \(tokens\) or a float \(fraction of the prompt\)"),
     ("h2o(heavy=True)", "h2o: heavy=True is not a number"),
     ("h2o(heavy=-1)", "h2o: heavy=-1 is negative"),
-    ("h2o(heavy=1.5)", r"h2o: heavy=1.5 is not a fraction between 0 and 1; write an int \(2\) for tokens"),
+    ("h2o(heavy=1.5)", r"h2o: heavy=1.5 is not a fraction between 0 and 1; write an int for tokens"),
     ("h2o(heavy=-0.5)", "h2o: heavy=-0.5 is not a fraction between 0 and 1"),
     ("h2o(heavy=1e400)", "h2o: heavy=inf is not a fraction between 0 and 1"),
     ("h2o(heavy=0,recent=0)", "h2o: heavy=0 and recent=0 keep nothing"),
     ("h2o(group=mean)", "h2o: group='mean' does not exist; choose from sum, first, max"),
     ("h2o(decode=maybe)", "h2o: decode='maybe' is not True or False"),
-    ("h2o(heavy=1,heavy=2)", "cannot read strategy"),
+    ("h2o(heavy=1,heavy=2)", "gives heavy twice"),
     ("streaming(window=0)", "streaming: window=0 would drop every new token"),
     ("oracle_topk(k=0)", "oracle_topk: k=0 reads nothing"),
 ]
@@ -104,11 +104,18 @@ def test_split_at_commas_outside_parentheses(text, parts):
         (H2O(), 9, H2O(4, 5)),
         (H2O(), 0.2, H2O(0.1, 0.1)),
         (Streaming(), 64, Streaming(4, 60)),
+        (Streaming(), 0.3, Streaming(4, 0.3)),
+        (Streaming(0.05), 0.2, Streaming(0.05, 0.15)),
         (OracleTopK(), 64, OracleTopK(64)),
     ],
 )
 def test_overall_budget(policy, amount, expected):
     assert policy.with_budget(amount) == expected
+
+
+def test_budget_in_tokens_beside_sinks_as_a_fraction():
+    with pytest.raises(SpecError, match=r"a budget of 64 tokens does not go with sinks=0.1; give the sinks in tokens"):
+        Streaming(sinks=0.1).with_budget(64)
 
 
 def test_budget_that_leaves_no_window():

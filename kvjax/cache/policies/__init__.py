@@ -1,6 +1,6 @@
 """Policies: which tokens are kept and read. One file each."""
 
-from kvjax.cache.policies.base import PROTECTED, Amount, Policy, Slots, spec_name, tokens
+from kvjax.cache.policies.base import PROTECTED, Amount, Policy, Slots, halves, spec_name, tokens
 from kvjax.cache.policies.full import Full
 from kvjax.cache.policies.h2o import H2O
 from kvjax.cache.policies.oracle_topk import OracleTopK
@@ -8,4 +8,4 @@ from kvjax.cache.policies.streaming import Streaming
 
 POLICIES: dict[str, type[Policy]] = {spec_name(p): p for p in (Full, Streaming, H2O, OracleTopK)}
 
-__all__ = ["H2O", "POLICIES", "PROTECTED", "Amount", "Full", "OracleTopK", "Policy", "Slots", "Streaming", "spec_name", "tokens"]
+__all__ = ["H2O", "POLICIES", "PROTECTED", "Amount", "Full", "OracleTopK", "Policy", "Slots", "Streaming", "halves", "spec_name", "tokens"]

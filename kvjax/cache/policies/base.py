@@ -114,6 +114,11 @@ def tokens(amount: Amount, prompt_length: Any) -> Any:
     return max(share, 1) if isinstance(share, int) else jnp.maximum(share, 1)
 
 
+def halves(amount: Amount) -> tuple[Amount, Amount]:
+    """An amount in two parts, which differ by one token at most."""
+    return (amount // 2, amount - amount // 2) if isinstance(amount, int) else (amount / 2, amount / 2)
+
+
 def check_amount(owner: str, name: str, amount: Amount) -> None:
     """Raises SpecError unless `amount` is a number of tokens >= 0 or a fraction in [0, 1]."""
     if isinstance(amount, bool) or not isinstance(amount, int | float):
@@ -121,4 +126,4 @@ def check_amount(owner: str, name: str, amount: Amount) -> None:
     if isinstance(amount, int) and amount < 0:
         raise SpecError(f"{owner}: {name}={amount} is negative; give tokens >= 0 or a fraction between 0 and 1")
     if isinstance(amount, float) and not 0.0 <= amount <= 1.0:
-        raise SpecError(f"{owner}: {name}={amount} is not a fraction between 0 and 1; write an int ({round(amount)}) for tokens")
+        raise SpecError(f"{owner}: {name}={amount} is not a fraction between 0 and 1; write an int for tokens")

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kvjax.cache.policies.base import PROTECTED, Amount, Policy, Slots, check_amount, tokens
+from kvjax.cache.policies.base import PROTECTED, Amount, Policy, Slots, check_amount, halves, tokens
 from kvjax.errors import SpecError
 
 GroupReduction = Literal["sum", "first", "max"]
@@ -39,6 +39,8 @@ class H2O(Policy):
         check_amount("h2o", "recent", self.recent)
         if not self.heavy and not self.recent:
             raise SpecError("h2o: heavy=0 and recent=0 keep nothing; give at least one of them, for example h2o(heavy=0.1,recent=0.1)")
+        if not isinstance(self.decode, bool):
+            raise SpecError(f"h2o: decode={self.decode!r} is not True or False")
         if self.group not in get_args(GroupReduction):
             raise SpecError(f"h2o: group={self.group!r} does not exist; choose from {', '.join(get_args(GroupReduction))}")
 
@@ -51,9 +53,8 @@ class H2O(Policy):
 
     def with_budget(self, amount: Amount) -> "H2O":
         """Half of it heavy, half recent, as in the paper."""
-        if isinstance(amount, int):
-            return dataclasses.replace(self, heavy=amount // 2, recent=amount - amount // 2)
-        return dataclasses.replace(self, heavy=amount / 2, recent=amount / 2)
+        heavy, recent = halves(amount)
+        return dataclasses.replace(self, heavy=heavy, recent=recent)
 
     def group_mass(self, probs: Float[Array, "... G Q C"]) -> Float[Array, "... C"]:
         if self.group == "first":

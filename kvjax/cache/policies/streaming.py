@@ -32,11 +32,14 @@ class Streaming(Policy):
         return tokens(self.sinks, prompt_length) + tokens(self.window, prompt_length)
 
     def with_budget(self, amount: Amount) -> "Streaming":
-        if isinstance(amount, int):
-            if amount <= self.sinks:
-                raise SpecError(f"streaming: a budget of {amount} leaves no window beside sinks={self.sinks}; give more")
-            return dataclasses.replace(self, window=amount - self.sinks)
-        return dataclasses.replace(self, window=amount)
+        """The sinks stay, the window takes the rest; sinks in tokens come on top of a budget that is a fraction."""
+        if isinstance(amount, int) and isinstance(self.sinks, float):
+            raise SpecError(f"streaming: a budget of {amount} tokens does not go with sinks={self.sinks}; give the sinks in tokens")
+        if isinstance(amount, float) and isinstance(self.sinks, int):
+            return dataclasses.replace(self, window=amount)
+        if amount <= self.sinks:
+            raise SpecError(f"streaming: a budget of {amount} leaves no window beside sinks={self.sinks}; give more")
+        return dataclasses.replace(self, window=amount - self.sinks if isinstance(amount, int) else round(amount - self.sinks, 9))
 
     def priority(self, slots: Slots):
         sink = slots.position < tokens(self.sinks, slots.prompt_length)

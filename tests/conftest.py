@@ -1,0 +1,32 @@
+"""Small models with random weights, made once."""
+
+import dataclasses
+
+import pytest
+
+from kvjax.models import BUNDLED, PRESETS, Model, ModelConfig, parameters
+from kvjax.models.tokenizer import ByteTokenizer
+
+BYTES = dataclasses.replace(
+    BUNDLED["kvjax-1m"], name="bytes", hidden_size=64, intermediate_size=96, num_layers=2, head_dim=16, max_position=256
+)
+OPT = dataclasses.replace(
+    PRESETS["opt-125m"], name="tiny-opt", vocab_size=97, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4,
+    num_kv_heads=4, head_dim=8, max_position=128, stop_tokens=(),
+)  # fmt: skip
+
+
+def random_model(config: ModelConfig, tokenizer=None) -> Model:
+    return Model(config, parameters.random(config), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def byte_model() -> Model:
+    """Llama-like: RoPE, two query heads a kv head, a byte tokenizer."""
+    return random_model(BYTES, ByteTokenizer())
+
+
+@pytest.fixture(scope="session")
+def opt_model() -> Model:
+    """OPT-like: learned positions, biases, multi-head attention, no tokenizer."""
+    return random_model(OPT)
