@@ -133,7 +133,7 @@ def initialise(model: Decoder, seed: int):
     standing = jnp.concatenate([reading_constant(0 * frequency)] * (heads // config.group_size))
     new = {"q": {"weight": attention["q"]["weight"].at[: len(looking)].set(looking)}}
     new |= {"k": {"weight": attention["k"]["weight"].at[: len(standing)].set(standing)}}
-    embed = inner["embed"].at[:, 0].set(7 * inner["embed"].std())
+    embed = inner["embed"].at[:, 0].set(6 * inner["embed"].std())
     return {"params": inner | {"embed": embed, "layer_0": inner["layer_0"] | {"attention": attention | new}}}
 
 
