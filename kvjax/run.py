@@ -32,7 +32,7 @@ from kvjax.errors import KvjaxError, SpecError
 from kvjax.generation import PREFILL_MODES, PrefillPlan, check_positions, generate
 from kvjax.models import Model, load_model
 from kvjax.quality import recall
-from kvjax.report import profile, table
+from kvjax.report import plots, profile, table
 from kvjax.report import record as records
 from kvjax.sampling import Sampling
 
@@ -60,7 +60,7 @@ def define_flags() -> None:
     flags.DEFINE_float("top_p", 1.0, "Sample from the most likely tokens that reach this probability.", lower_bound=0.0, upper_bound=1.0)
     flags.DEFINE_integer("seed", 0, "Seed of the prompts and of sampling.")
     flags.DEFINE_bool("quality", True, "Measure fidelity and recall; --noquality gives speed and bytes alone, sooner.")
-    flags.DEFINE_string("output_dir", None, "Write record.json, requests.jsonl and samples.txt here.")
+    flags.DEFINE_string("output_dir", None, "Write record.json, requests.jsonl, samples.txt and overview.png here.")
     flags.DEFINE_string("profile_dir", None, "Write an XLA profiler trace of one batch per strategy here, and print time by scope.")
 
 
@@ -133,7 +133,8 @@ def run(console: Console) -> None:
     table.show(found, console)
     if output_dir is not None:
         records.write(output_dir, found, measured, workload, model)
-        console.print(f"wrote record.json, requests.jsonl and samples.txt to {output_dir}", highlight=False)
+        plots.overview(found, output_dir / "overview.png")
+        console.print(f"wrote record.json, requests.jsonl, samples.txt and overview.png to {output_dir}", highlight=False)
     if FLAGS.profile_dir is not None:
         profile_strategies(model, chosen, workload, batch_size, sampling, plan, console)
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-GroupMass = Callable[[Float[Array, "... G Q K"]], Float[Array, "... K"]]
+GroupMass = Callable[[Float[Array, "... G Q K"], Float[Array, "... G Q"]], Float[Array, "... K"]]
+"""Policy.group_mass: unnormalised weights and the factor of each query -> attention mass per key."""
 
 NEG_INF = -1e30  # finite, so that a row with nothing to see gives a uniform softmax and not NaN
 
@@ -42,7 +43,7 @@ def prompt_attention(
 
     Args:
       query_valid: queries that count in the statistics (padding does not).
-      group_mass: how the probabilities [B, Hkv, G, Q, K] of a block become attention mass per key [B, Hkv, K]; None: no statistics.
+      group_mass: how the weights [B, Hkv, G, Q, K] of a block become attention mass per key [B, Hkv, K]; None: no statistics.
 
     Returns:
       The output, and the attention mass of every key summed over the valid queries (H2O's score of a prompt, arXiv:2306.14048 section 4).
@@ -58,12 +59,10 @@ def prompt_attention(
     for start in range(0, length, block):
         end = min(start + block, length)
         visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)
-        out, probs = _attend_block(q[..., start:end, :], k[..., :end], v[..., :end, :], visible)
-        if group_mass is not None:
-            counted = jnp.where(query_valid[:, None, None, start:end, None], probs, 0)
-            mass = mass.at[..., :end].add(group_mass(counted))
-        q, out, mass = jax.lax.optimization_barrier((q, out, mass))  # one block after the other, so that they share memory
+        out, weights, scale = _attend_block(q[..., start:end, :], k[..., :end], v[..., :end, :], visible)
         outs.append(out)
+        if group_mass is not None:
+            mass = mass.at[..., :end].add(group_mass(weights, jnp.where(query_valid[:, None, None, start:end], scale, 0)))
     out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, heads, dim), None if group_mass is None else mass
 
@@ -93,17 +92,23 @@ def chunk_attention(
     for start in range(0, length, block):
         end = min(start + block, length)
         visible = (seen >= 0) & (seen <= query_position[:, None, None, start:end, None])
-        out, probs = _attend_block(q[..., start:end, :], k, v, visible)
-        if group_mass is not None:
-            mass += group_mass(jnp.where(query_valid[:, None, None, start:end, None], probs, 0))
-        q, out, mass = jax.lax.optimization_barrier((q, out, mass))  # one block after the other, so that they share memory
+        out, weights, scale = _attend_block(q[..., start:end, :], k, v, visible)
         outs.append(out)
+        if group_mass is not None:
+            mass += group_mass(weights, jnp.where(query_valid[:, None, None, start:end], scale, 0))
     out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, heads, dim), None if group_mass is None else mass
 
 
+def softmax_weights(logits: Float[Array, "... K"]) -> tuple[Float[Array, "... K"], Float[Array, "..."]]:
+    """Softmax in two parts: unnormalised weights, and the factor that makes probabilities of a row of them."""
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    return weights, 1 / weights.sum(-1)
+
+
 def _attend_block(q, k, v, visible):
-    """One block of queries: output and float32 probabilities."""
+    """One block of queries: output, unnormalised weights and their factors, float32."""
     logits = jnp.einsum("bngqd,bndk->bngqk", q, k, preferred_element_type=jnp.float32)
-    probs = jax.nn.softmax(jnp.where(visible, logits, NEG_INF), axis=-1)
-    return jnp.einsum("bngqk,bnkd->bngqd", probs.astype(v.dtype), v), probs
+    weights, scale = softmax_weights(jnp.where(visible, logits, NEG_INF))
+    out = jnp.einsum("bngqk,bnkd->bngqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out * scale[..., None]).astype(v.dtype), weights, scale

@@ -153,21 +153,22 @@ class Strategy:
             position = None if layer.position is None else jnp.where(here, kv.length[:, None, None], layer.position)
         with jax.named_scope("attend"):
             visible = jnp.arange(capacity) <= slot[..., None] if position is None else position >= 0
-            out, probs = self.store.attend(store, q[:, 0], visible, lambda logits: self.policy.readable(logits, kv.prompt_length))
+            out, weights, scale = self.store.attend(store, q[:, 0], visible, lambda logits: self.policy.readable(logits, kv.prompt_length))
         layer = dataclasses.replace(layer, store=store, position=position)
         if position is not None:
             with jax.named_scope("evict"):
-                layer = self._evict(layer, slot, here, k, v, probs, kv, active)
+                mass = self.policy.group_mass(weights[..., None, :], scale[..., None]) if self.policy.observes else None
+                layer = self._evict(layer, slot, here, k, v, mass, kv, active)
         return out[:, None], layer
 
-    def _evict(self, layer: LayerState, slot, here, k, v, probs, kv: KVState, active) -> LayerState:
+    def _evict(self, layer: LayerState, slot, here, k, v, mass, kv: KVState, active) -> LayerState:
         """After a token went into `slot`: update the scores, free a slot if the row is over its budget, name the next slot."""
         policy, position, score = self.policy, layer.position, layer.score
         assert position is not None
         length = kv.length + 1
         if score is not None:
             stored = jnp.where(here, self.policy.initial_score(k, v), score)
-            stored = policy.observe(stored, policy.group_mass(probs[..., None, :])) if policy.observes else stored
+            stored = stored if mass is None else policy.observe(stored, mass)
             score = jnp.where(active[:, None, None], stored, score)
         following = slot + 1
         if policy.evicts_in_decode:

@@ -67,9 +67,12 @@ class Policy:
         """The statistic of tokens that were just stored, before any attention to them is observed."""
         return jnp.zeros((k.shape[0], k.shape[2], k.shape[1]), jnp.float32)
 
-    def group_mass(self, probs: Float[Array, "... G Q C"]) -> Float[Array, "... C"]:
-        """Attention mass per key from the probabilities of the G query heads of one kv head (queries that do not count are zero)."""
-        return probs.sum((-3, -2))
+    def group_mass(self, weights: Float[Array, "... G Q C"], scale: Float[Array, "... G Q"]) -> Float[Array, "... C"]:
+        """Attention mass per key, summed over queries, joined over the G query heads of one kv head.
+
+        The probability of a key is `weights * scale[..., None]`; the scale of a query that does not count is zero.
+        """
+        return jnp.einsum("...gqc,...gq->...c", weights, scale)
 
     def observe(self, score: Float[Array, "B h C"], mass: Float[Array, "B h C"]) -> Float[Array, "B h C"]:
         """The statistic after a step in which the keys received `mass`."""

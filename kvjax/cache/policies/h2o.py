@@ -56,12 +56,12 @@ class H2O(Policy):
         heavy, recent = halves(amount)
         return dataclasses.replace(self, heavy=heavy, recent=recent)
 
-    def group_mass(self, probs: Float[Array, "... G Q C"]) -> Float[Array, "... C"]:
+    def group_mass(self, weights: Float[Array, "... G Q C"], scale: Float[Array, "... G Q"]) -> Float[Array, "... C"]:
         if self.group == "first":
-            return probs[..., 0, :, :].sum(-2)
+            return super().group_mass(weights[..., :1, :, :], scale[..., :1, :])
         if self.group == "max":
-            return probs.max(-3).sum(-2)
-        return probs.sum((-3, -2))
+            return (weights * scale[..., None]).max(-3).sum(-2)
+        return super().group_mass(weights, scale)
 
     def priority(self, slots: Slots):
         is_recent = slots.position >= slots.length - tokens(self.recent, slots.prompt_length)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache.attention import NEG_INF
+from kvjax.cache.attention import NEG_INF, softmax_weights
 from kvjax.cache.state import CacheShape
 
 
@@ -100,7 +100,7 @@ class DenseStore:
 
     def attend(
         self, layer: DenseLayer, q: Float[Array, "B H D"], visible: Bool[Array, "B h C"], readable
-    ) -> tuple[Float[Array, "B H D"], Float[Array, "B Hkv G C"]]:
+    ) -> tuple[Float[Array, "B H D"], Float[Array, "B Hkv G C"], Float[Array, "B Hkv G"]]:
         """Attention of one query per row over its slots.
 
         Args:
@@ -108,7 +108,7 @@ class DenseStore:
           readable: narrows it down given the logits (Policy.readable), or returns None.
 
         Returns:
-          The output, and the probabilities in float32.
+          The output, the unnormalised weights of the slots, and the factor that makes probabilities of a query head's weights (float32).
         """
         batch, heads, dim = q.shape
         kv_heads = layer.k.shape[0] // batch
@@ -118,12 +118,11 @@ class DenseStore:
         logits = jnp.where(visible[:, :, None], logits, NEG_INF)
         if (chosen := readable(logits)) is not None:
             logits = jnp.where(chosen, logits, NEG_INF)
-        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-        total = weights.sum(-1, keepdims=True)
+        weights, scale = softmax_weights(logits)
         flat = weights.reshape(batch * kv_heads, *weights.shape[2:]).astype(layer.v.dtype)
         out = jnp.einsum("ngs,nsd->ngd", flat, layer.v, preferred_element_type=jnp.float32)
-        out = out.reshape(batch, kv_heads, -1, dim) / total
-        return out.reshape(batch, heads, dim).astype(q.dtype), weights / total
+        out = out.reshape(batch, kv_heads, -1, dim) * scale[..., None]
+        return out.reshape(batch, heads, dim).astype(q.dtype), weights, scale
 
     def poison(self, layer: DenseLayer, empty: Bool[Array, "B Hkv C"]) -> DenseLayer:
         """NaN keys in the slots marked empty, for tests: whatever stands there must not matter."""

@@ -1,0 +1,48 @@
+"""Figures of a run, from its records."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+_PURPOSES = (("live", "keys and values", "tab:blue"), ("metadata", "metadata", "tab:orange"), ("empty", "empty", "lightgrey"))
+_DEPTH = "task_recall_depth_"
+
+
+def overview(records: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """Draws what strategies remember beside what they allocate: recall by depth (where it was measured) and cache bytes by purpose."""
+    asked = any(key.startswith(_DEPTH) for record in records for key in record)
+    figure, axes = plt.subplots(1, 2 if asked else 1, figsize=(10 if asked else 5.5, 3.6), layout="constrained", squeeze=False)
+    if asked:
+        _recall(records, axes[0, 0])
+    _bytes(records, axes[0, -1])
+    figure.suptitle(f"{records[0]['model_id']}, {records[0]['input_len']} tokens of prompt, batch {records[0]['batch_size']}", fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _recall(records, axis) -> None:
+    for record, marker in zip(records, "osD^vP*X" * len(records), strict=False):
+        depths = sorted(float(key.removeprefix(_DEPTH)) for key in record if key.startswith(_DEPTH))
+        shares = [100 * record[f"{_DEPTH}{depth:g}"] for depth in depths]
+        axis.plot(depths, shares, marker=marker, markersize=5, linewidth=1.4, label=record["strategy"], alpha=0.85)
+    axis.set(xlabel="depth of the fact in the prompt (0: start)", ylabel="questions answered (%)", ylim=(-4, 104))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def _bytes(records, axis) -> None:
+    names = [record["strategy"].replace("(", "\n(") for record in records]
+    left = [0.0] * len(records)
+    for purpose, label, colour in _PURPOSES:
+        sizes = [record[f"kv_device_{purpose}_bytes"] / 2**20 for record in records]
+        axis.barh(names, sizes, left=left, color=colour, label=label)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", labelsize=8)
+    axis.set(xlabel="KV cache of a batch, allocated (MiB)")
+    axis.legend(fontsize=8, loc="lower right")
