@@ -23,7 +23,7 @@ from kvjax.errors import InputError, SpecError
 from kvjax.models import Decoder, Model
 from kvjax.sampling import Sampling
 
-Prompts = Sequence[str] | Sequence[Sequence[int]] | np.ndarray
+Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray
 PrefillMode = Literal["faithful", "bounded"]
 PREFILL_MODES = get_args(PrefillMode)
 

@@ -18,7 +18,8 @@ shows directly what a strategy forgets.
 import os
 import pathlib
 import sys
-from typing import Any
+import tempfile
+from typing import Any, NoReturn
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -28,7 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvjax.cache import Full, Strategy, parse_strategy, split_specs
 from kvjax.engine import offline
-from kvjax.errors import KvjaxError, SpecError
+from kvjax.errors import InputError, KvjaxError, SpecError
 from kvjax.generation import PREFILL_MODES, PrefillPlan, check_positions, generate
 from kvjax.models import Model, load_model
 from kvjax.quality import recall
@@ -92,19 +93,31 @@ def strategies() -> list[Strategy]:
     return chosen
 
 
+def writable(flag: str) -> pathlib.Path | None:
+    """The directory a flag names, made where it is missing; None without one. Raises InputError when nothing can be written there."""
+    value = FLAGS[flag].value
+    if value is None:
+        return None
+    path = pathlib.Path(value)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise InputError(f"--{flag}={path}: cannot write there: {error.strerror}") from None
+
+
 def run(console: Console) -> None:
     """Loads, measures, prints, writes."""
     chosen = strategies()
     plan = PrefillPlan(FLAGS.prefill_chunk, FLAGS.prefill_mode)
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
+    output_dir, profile_dir = writable("output_dir"), writable("profile_dir")
     model = load_model(FLAGS.model, dtype=FLAGS.dtype, random_weights=FLAGS.random_weights)
     batch_size = min(FLAGS.batch_size, FLAGS.num_prompts)
     questions = FLAGS.num_facts * recall.STATEMENT_BYTES
     check_positions(model, FLAGS.input_len, max(FLAGS.output_len, questions))
     workload = offline.make_workload(model, FLAGS.num_prompts, FLAGS.input_len, FLAGS.seed, FLAGS.num_facts)
-    output_dir = None if FLAGS.output_dir is None else pathlib.Path(FLAGS.output_dir)
-    if output_dir is not None:
-        output_dir.mkdir(parents=True, exist_ok=True)
 
     full = Strategy(Full(), chosen[0].store)
     per_strategy = offline.steps_of(workload, batch_size, FLAGS.quality)
@@ -135,24 +148,39 @@ def run(console: Console) -> None:
         records.write(output_dir, found, measured, workload, model)
         plots.overview(found, output_dir / "overview.png")
         console.print(f"wrote record.json, requests.jsonl, samples.txt and overview.png to {output_dir}", highlight=False)
-    if FLAGS.profile_dir is not None:
-        profile_strategies(model, chosen, workload, batch_size, sampling, plan, console)
+    if profile_dir is not None:
+        profile_strategies(profile_dir, model, chosen, workload, batch_size, sampling, plan, console)
 
 
-def profile_strategies(model: Model, chosen: list[Strategy], workload, batch_size: int, sampling, plan, console: Console) -> None:
+def profile_strategies(
+    parent: pathlib.Path, model: Model, chosen: list[Strategy], workload, batch_size: int, sampling, plan, console: Console
+) -> None:
     """One traced batch per strategy, after compiling, and the time its scopes took."""
     settings: dict[str, Any] = dict(
         max_new_tokens=min(32, FLAGS.output_len), sampling=sampling, seed=FLAGS.seed, stop_tokens=(), prefill=plan
     )
     prompts = workload.prompts[:batch_size]
     for strategy in chosen:
-        directory = pathlib.Path(FLAGS.profile_dir) / strategy.policy.describe().replace(",", "_")
+        directory = parent / strategy.policy.describe().replace(",", "_")
         generate(model, prompts, strategy=strategy, **settings)
         with profile.trace(directory):
             generate(model, prompts, strategy=strategy, **settings)
         console.print(f"\ntrace of {strategy.describe()} in {directory} (TensorBoard, XProf or Perfetto open it)", highlight=False)
         for scope, spent in profile.scope_times(directory).items():
             console.print(f"  {scope:<24}{1e3 * spent.seconds:>10.2f} ms in {spent.events} instructions", highlight=False)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Sets FLAGS and returns what is no flag. A flag that is unknown or out of range ends the program like any other bad input."""
+    try:
+        return FLAGS(argv)
+    except flags.Error as error:
+        fail(" ".join(str(error).split()) + "; see --help")
+
+
+def fail(message: object) -> NoReturn:
+    print(f"kvjax: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main(argv: list[str]) -> None:
@@ -162,11 +190,10 @@ def main(argv: list[str]) -> None:
             raise SpecError(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
         run(console)
     except KvjaxError as error:
-        print(f"kvjax: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
 
 
 if __name__ == "__main__":
     define_flags()
     logging.set_verbosity(logging.WARNING)
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -25,8 +25,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise SpecError(f"temperature={self.temperature} is negative; 0 is greedy, 1 samples from the model")
+        if not self.temperature >= 0:
+            raise SpecError(f"temperature={self.temperature} is not a number >= 0; 0 is greedy, 1 samples from the model")
         if self.top_k < 0:
             raise SpecError(f"top_k={self.top_k} is negative; 0 means no limit")
         if not 0 < self.top_p <= 1:

@@ -111,12 +111,14 @@ RECIPES = {
 def initialise(model: Decoder, seed: int):
     """Random parameters, except that some heads of the first layer start out looking a fixed number of tokens back.
 
-    Looking something up by name needs, in one layer, keys that know which bytes came before them, and in a later one a match on that. A small
-    model takes very long to find the first half by itself and little time for the second. So dimension 0 of the embedding starts as a constant,
-    and the queries and keys of kv head 0 (of every kv head, where there are few query heads) read it alone: with RoPE a constant query turned
-    back by n positions peaks n tokens before itself, in the fast rotations at least. Training is free to change all of it.
+    Looking something up by name needs, in one layer, keys that know which bytes came before them, and in a later one a match on that. A
+    small model takes very long to find the first half by itself and little time for the second. So dimension 0 of the embedding starts as
+    a constant, and the queries and keys of kv head 0 (of every kv head, where there are few query heads) read it alone: with RoPE a
+    constant query turned back by n positions peaks n tokens before itself, in the fast rotations at least. Training is free to change all
+    of it.
     """
     config = model.config
+    assert config.rope is not None
     tokens = jnp.zeros((1, 8), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(seed), tokens, None, Forward(tokens))
     inner = params["params"]

@@ -149,7 +149,7 @@ def test_seeds_repeat_and_rows_do_not_depend_on_their_neighbours(byte_model, pro
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1.0}, "temperature=-1.0 is negative"),
+        ({"temperature": -1.0}, "temperature=-1.0 is not a number >= 0"),
         ({"top_k": -1}, "top_k=-1 is negative"),
         ({"top_p": 0.0}, r"top_p=0.0 is not in \(0, 1\]"),
         ({"top_p": 1.5}, r"top_p=1.5 is not in \(0, 1\]"),

@@ -10,6 +10,6 @@ from kvjax.cache.strategy import Strategy
 
 __all__ = [
     "H2O", "POLICIES", "PROTECTED", "STORES", "Amount", "CacheShape", "Decode", "DenseStore", "Forward", "Full", "KVState", "LayerState",
-    "Ledger", "OracleTopK", "Policy", "Prefill", "Slots", "Strategy", "Streaming", "Tier", "halves", "ledger", "parse_policy", "parse_strategy",
-    "split_specs", "tokens",
+    "Ledger", "OracleTopK", "Policy", "Prefill", "Slots", "Strategy", "Streaming", "Tier", "halves", "ledger", "parse_policy",
+    "parse_strategy", "split_specs", "tokens",
 ]  # fmt: skip

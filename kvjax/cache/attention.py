@@ -60,9 +60,10 @@ def prompt_attention(
         end = min(start + block, length)
         visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)
         out, weights, scale = _attend_block(q[..., start:end, :], k[..., :end], v[..., :end, :], visible)
-        outs.append(out)
         if group_mass is not None:
             mass = mass.at[..., :end].add(group_mass(weights, jnp.where(query_valid[:, None, None, start:end], scale, 0)))
+        q, out, mass = jax.lax.optimization_barrier((q, out, mass))  # one block after the other, so that they share memory
+        outs.append(out)
     out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, heads, dim), None if group_mass is None else mass
 
@@ -93,9 +94,10 @@ def chunk_attention(
         end = min(start + block, length)
         visible = (seen >= 0) & (seen <= query_position[:, None, None, start:end, None])
         out, weights, scale = _attend_block(q[..., start:end, :], k, v, visible)
-        outs.append(out)
         if group_mass is not None:
             mass += group_mass(weights, jnp.where(query_valid[:, None, None, start:end], scale, 0))
+        q, out, mass = jax.lax.optimization_barrier((q, out, mass))  # one block after the other, so that they share memory
+        outs.append(out)
     out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, heads, dim), None if group_mass is None else mass
 

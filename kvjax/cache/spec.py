@@ -13,7 +13,8 @@ from kvjax.errors import SpecError
 def parse_strategy(spec: str, store: str = "dense") -> Strategy:
     """The strategy that a spec string names: a policy name, optionally with keyword arguments.
 
-    A policy of your own is named by its module and class: `my_policies:KeyNorm(keep=64)`. An int is tokens, a float is a fraction of the prompt. Raises SpecError with what exists.
+    A policy of your own is named by its module and class: `my_policies:KeyNorm(keep=64)`. An int is tokens, a float is a fraction of the
+    prompt. Raises SpecError with what exists.
     """
     if store not in STORES:
         raise SpecError(f"unknown store {store!r}; choose from {', '.join(STORES)}")

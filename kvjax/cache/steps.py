@@ -29,10 +29,11 @@ class Forward:
 
     def attend(self, layer, q, k, v, kv: None):
         with jax.named_scope("attend"):
-            if self.block is None:
+            block = self.block
+            if block is None:
                 return causal_attention(q, k, v), kv
             every = jnp.ones(q.shape[:2], bool)
-            blocked = jax.checkpoint(lambda q, k, v: prompt_attention(q, k, v, every, block=self.block)[0])
+            blocked = jax.checkpoint(lambda q, k, v: prompt_attention(q, k, v, every, block=block)[0])
             return blocked(q, k, v), kv
 
     def hidden(self, x: Float[Array, "B S M"]) -> Float[Array, "B S M"]:

@@ -66,7 +66,10 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Loss weight of each kind of byte in a recall or copy document (a byte of text counts 1); random bytes that nobody can predict count nothing."""
+    """Loss weight of each kind of byte in a recall or copy document (a byte of text counts 1).
+
+    Random bytes that nobody can predict count nothing.
+    """
 
     answer: float = 8.0
     copied: float = 2.0

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvjax.cache import Policy
 from kvjax.cache.attention import causal_attention, chunk_attention, prompt_attention
 
-SUM = lambda probs: probs.sum((-3, -2))  # noqa: E731
+SUM = Policy().group_mass
 
 
 def random_qkv(rng: np.random.Generator, batch: int, length: int, kv_heads: int, group: int, dim: int):
@@ -36,6 +37,15 @@ def test_prompt_attention_is_causal_attention(batch, length, kv_heads, group, di
     np.testing.assert_allclose(mass, np.einsum("bngqk,bq->bnk", probs, counted), atol=1e-5)
     _, nothing = jax.eval_shape(lambda *x: prompt_attention(*x, None, block), q, k, v, counted)
     assert nothing is None
+
+
+def test_blocks_change_no_gradient():
+    q, k, v = random_qkv(np.random.default_rng(0), 1, 12, 2, 2, 4)
+    every = np.ones((1, 12), bool)
+    blocked = jax.grad(lambda *x: jnp.sin(prompt_attention(*x, every, block=5)[0]).sum(), argnums=(0, 1, 2))
+    plain = jax.grad(lambda *x: jnp.sin(causal_attention(*x)).sum(), argnums=(0, 1, 2))
+    for got, want in zip(jax.jit(blocked)(q, k, v), jax.jit(plain)(q, k, v), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", [3, 64])

@@ -62,7 +62,7 @@ class AdditiveMask(DenseStore):
         logits = logits.reshape(batch, kv_heads, *logits.shape[1:]) + jnp.where(visible, 0, NEG_INF)[:, :, None]
         probs = jax.nn.softmax(logits, axis=-1)
         out = jnp.einsum("ngs,nsd->ngd", probs.reshape(batch * kv_heads, *probs.shape[2:]), layer.v)
-        return out.reshape(batch, heads, dim), probs
+        return out.reshape(batch, heads, dim), probs, jnp.ones(probs.shape[:-1])
 
 
 class WritesEveryone(DenseStore):
@@ -91,8 +91,8 @@ class RepeatsHeads(DenseStore):
         group = batch * heads // layer.k.shape[0]
         visible = jnp.broadcast_to(visible, (batch, heads, visible.shape[-1]))
         repeated = dataclasses.replace(layer, k=jnp.repeat(layer.k, group, axis=0), v=jnp.repeat(layer.v, group, axis=0))
-        out, probs = super().attend(repeated, q, visible, readable)
-        return out, probs.reshape(batch, heads // group, group, -1)
+        out, weights, scale = super().attend(repeated, q, visible, readable)
+        return out, weights.reshape(batch, heads // group, group, -1), scale.reshape(batch, heads // group, group)
 
 
 class ShrugsAtOneToken(DenseStore):
@@ -130,8 +130,8 @@ class Averages(H2O):
 class LargestOfTheCall(H2O):
     """Scores by the largest probability within a call, which depends on where calls are cut."""
 
-    def group_mass(self, probs):
-        return probs.max(-2).sum(-2)
+    def group_mass(self, weights, scale):
+        return (weights * scale[..., None]).max(-2).sum(-2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,17 +146,19 @@ class Roomy(Strategy):
 class OverBudget(Strategy):
     """Evicts one token too late."""
 
-    def _evict(self, layer, slot, here, k, v, probs, kv, active):
+    def _evict(self, *arguments):
+        assert isinstance(self.policy, Streaming)
         longer = dataclasses.replace(self.policy, window=self.policy.window + 1)
-        return Strategy(longer, self.store)._evict(layer, slot, here, k, v, probs, kv, active)
+        return Strategy(longer, self.store)._evict(*arguments)
 
 
 @dataclasses.dataclass(frozen=True)
 class Revenant(Strategy):
     """Says of a freed slot that it holds the first token again."""
 
-    def _evict(self, layer, slot, here, k, v, probs, kv, active):
-        after = super()._evict(layer, slot, here, k, v, probs, kv, active)
+    def _evict(self, *arguments):
+        after = super()._evict(*arguments)
+        assert after.position is not None
         return dataclasses.replace(after, position=jnp.maximum(after.position, 0))
 
 
@@ -164,8 +166,8 @@ class Revenant(Strategy):
 class FirstChunkOnly(Strategy):
     """Drops the later chunks of a bounded prompt."""
 
-    def _prefill_bounded(self, layer, q, k, v, kv, valid, group_mass):
-        out, _ = super()._prefill_bounded(layer, q, k, v, kv, valid, group_mass)
+    def _prefill_bounded(self, layer, *arguments):
+        out, _ = super()._prefill_bounded(layer, *arguments)
         return out, layer
 
 

@@ -16,6 +16,7 @@ MEANINGS = [
     ("streaming", Streaming(4, 0.2)),
     ("streaming(sinks=4,window=252)", Streaming(4, 252)),
     ("oracle_topk(k=0.05)", OracleTopK(0.05)),
+    ("kvjax.cache:H2O(heavy=8,recent=8)", H2O(8, 8)),
 ]
 
 
@@ -66,6 +67,9 @@ REFUSED = [
     ("h2o(group=mean)", "h2o: group='mean' does not exist; choose from sum, first, max"),
     ("h2o(decode=maybe)", "h2o: decode='maybe' is not True or False"),
     ("h2o(heavy=1,heavy=2)", "gives heavy twice"),
+    ("no_such_module:Mine", "cannot import module 'no_such_module' for strategy no_such_module:Mine"),
+    ("pathlib:Path", "pathlib:Path is not a kvjax.Policy dataclass"),
+    ("kvjax.cache:Nothing", "kvjax.cache:Nothing is not a kvjax.Policy dataclass"),
     ("streaming(window=0)", "streaming: window=0 would drop every new token"),
     ("oracle_topk(k=0)", "oracle_topk: k=0 reads nothing"),
 ]
