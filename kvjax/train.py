@@ -103,7 +103,7 @@ class Recipe:
 
 
 RECIPES = {
-    "kvjax-1m": Recipe((Stage(64, 64, 300), Stage(128, 32, 350), Stage(384, 12, 350), Stage(1280, 4, 150)), 4e-3, 4e-3),
+    "kvjax-1m": Recipe((Stage(64, 64, 300), Stage(128, 32, 160), Stage(384, 12, 140), Stage(1280, 4, 80)), 4e-3, 4e-3),
     "kvjax-4m": Recipe((Stage(64, 64, 150), Stage(128, 32, 250), Stage(384, 12, 250), Stage(1280, 4, 110)), 4e-3, 4e-3),
 }
 
