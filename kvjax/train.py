@@ -123,7 +123,8 @@ def initialise(model: Decoder, seed: int):
     params = jax.jit(model.init)(jax.random.key(seed), tokens, None, Forward(tokens))
     inner = params["params"]
     attention = inner["layer_0"]["attention"]
-    half, pairs = config.head_dim // 2, 5
+    half = config.head_dim // 2
+    pairs = min(5, half)
     frequency = rope_frequencies(config.rope, config.head_dim)[:pairs]
 
     def reading_constant(angle):

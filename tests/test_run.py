@@ -1,66 +1,182 @@
-"""The command line, end to end on random weights."""
+"""The command line: one real run read back in full, and every bad input answered in one line."""
 
 import json
 import subprocess
 import sys
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
+from kvjax import run
+from kvjax.errors import InputError
 from kvjax.report import profile
 
-SMALL = ["--model=kvjax-1m", "--random_weights", "--num_prompts=3", "--batch_size=2", "--input_len=96", "--num_facts=2", "--output_len=6"]
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "kvjax.run", *arguments], capture_output=True, text=True, timeout=400)
+COMPARE = "full,streaming(sinks=2,window=20),h2o(heavy=8,recent=8)"
+SMALL = ["--model=kvjax-1m", "--random_weights", "--num_prompts=3", "--batch_size=2", "--input_len=64", "--num_facts=2", "--output_len=4"]
+VLLM_KEYS = {
+    "date", "backend", "model_id", "num_prompts", "request_rate", "duration", "completed", "failed", "total_input_tokens",
+    "total_output_tokens", "request_throughput", "output_throughput", "total_token_throughput", "mean_ttft_ms", "median_ttft_ms",
+    "std_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "median_tpot_ms", "std_tpot_ms", "p99_tpot_ms", "mean_itl_ms", "median_itl_ms",
+    "std_itl_ms", "p99_itl_ms", "mean_e2el_ms", "p99_e2el_ms",
+}  # fmt: skip
+OWN_KEYS = {
+    "schema_version", "strategy", "store", "seed", "device_kind", "jax_version", "git_commit", "tpot_definition",
+    "kv_device_total_bytes", "kv_host_total_bytes", "kv_device_metadata_bytes", "kv_logical_bytes", "kv_transient_bytes",
+    "kv_bytes_read_per_token", "kv_bytes_moved_per_token", "kept_fraction", "compression_ratio", "fidelity_kld_mean",
+    "fidelity_kld_mean_se", "fidelity_kld_median", "fidelity_kld_p99.9", "fidelity_same_top1", "fidelity_nll_delta",
+    "fidelity_first_divergence_step", "task_recall", "task_recall_depth_0", "task_recall_depth_0.5", "task_questions_per_depth",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    where = tmp_path_factory.mktemp("run")
-    done = run(*SMALL, "--compare=full,h2o(heavy=8,recent=8)", f"--output_dir={where}/out", f"--profile_dir={where}/trace")
-    assert done.returncode == 0, done.stderr
-    return where, done
+    """A real run: the process, and where it wrote."""
+    directory = tmp_path_factory.mktemp("run")
+    command = [sys.executable, "-m", "kvjax.run", *SMALL, f"--compare={COMPARE}"]
+    command += [f"--output_dir={directory / 'out'}", f"--profile_dir={directory / 'trace'}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300), directory
 
 
-def test_record_is_strict_json_with_the_keys_promised(finished):
-    where, done = finished
+@pytest.fixture(scope="module")
+def records(finished) -> list[dict]:
+    def refuse(word: str):
+        raise AssertionError(f"{word} is not JSON")
 
-    def refuse(name):
-        raise AssertionError(f"{name} is not JSON")
-
-    full, h2o = (json.loads(line, parse_constant=refuse) for line in (where / "out" / "record.json").read_text().splitlines())
-    assert full["strategy"] == "full"
-    assert h2o["strategy"] == "h2o(heavy=8,recent=8)"
-    assert h2o["completed"] == 3
-    assert h2o["total_output_tokens"] == 18
-    assert full["fidelity_kld_mean"] == pytest.approx(0, abs=1e-6)
-    assert full["fidelity_same_top1"] == 1.0
-    assert h2o["kv_device_total_bytes"] < full["kv_device_total_bytes"] / 3
-    for key in ("mean_ttft_ms", "mean_tpot_ms", "p99_itl_ms", "task_recall", "kept_fraction", "kv_bytes_read_per_token", "schema_version"):
-        assert key in h2o
-    assert len((where / "out" / "requests.jsonl").read_text().splitlines()) == 6
-    assert "generated" in (where / "out" / "samples.txt").read_text()
-    assert "recall by depth" in done.stdout
+    lines = (finished[1] / "out" / "record.json").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
-def test_trace_has_the_named_scopes(finished):
-    where, _ = finished
-    times = profile.scope_times(where / "trace" / "h2o(heavy=8_recent=8)")
-    for scope in ("prefill", "prefill/attend", "prefill/evict", "decode", "decode/attend", "decode/evict"):
-        assert times[scope].seconds > 0, scope
+def test_run_succeeds_and_prints_one_table(finished):
+    process, directory = finished
+    assert (process.returncode, process.stderr) == (0, "")
+    for words in (
+        "kvjax-1m (float32) on",
+        "h2o(heavy=8,recent=8)",
+        "output throughput",
+        "mean TTFT",
+        "tokens kept",
+        "KLD mean",
+        "recall by depth",
+    ):
+        assert words in process.stdout
+    assert f"to {directory / 'out'}" in process.stdout.replace("\n", "")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--strategy=h3o"], "unknown strategy 'h3o'; choose from full, streaming, h2o, oracle_topk"),
-        (["--strategy=h2o(heavie=3)"], "h2o has no argument 'heavie'; it takes heavy, recent, decode, group"),
-        (["--budget=1.5"], "--budget=1.5"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(arguments, message):
-    done = run(*SMALL, *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_records_are_complete(records):
+    assert [record["strategy"] for record in records] == ["full", "streaming(sinks=2,window=20)", "h2o(heavy=8,recent=8)"]
+    for record in records:
+        assert VLLM_KEYS | OWN_KEYS <= set(record)
+        assert not any(isinstance(value, dict | list) for value in record.values()), "the record is flat"
+        assert (record["completed"], record["total_input_tokens"], record["total_output_tokens"]) == (3, 192, 12)
+        assert record["output_throughput"] == pytest.approx(12 / record["duration"])
+
+
+def test_records_tell_the_strategies_apart(records):
+    full, streaming, h2o = records
+    assert (full["fidelity_kld_mean"], full["fidelity_same_top1"], full["kept_fraction"]) == (0.0, 1.0, 1.0)
+    assert streaming["fidelity_kld_mean"] > 0 < h2o["fidelity_kld_mean"]
+    seen = 64 + 3  # the last token generated is never fed
+    assert streaming["kept_fraction"] == pytest.approx(22 / seen)
+    assert h2o["kept_fraction"] == pytest.approx(16 / seen)
+    assert h2o["kv_device_total_bytes"] < streaming["kv_device_total_bytes"] < full["kv_device_total_bytes"]
+
+
+def test_requests_and_samples(finished, records):
+    out = finished[1] / "out"
+    requests = [json.loads(line) for line in (out / "requests.jsonl").read_text().splitlines()]
+    assert [(request["strategy"], request["request"]) for request in requests] == [(r["strategy"], i) for r in records for i in range(3)]
+    for request in requests:
+        assert len(request["output_tokens"]) == request["output_len"] == 4
+        assert request["latency"] == pytest.approx(request["ttft"] + sum(request["itls"]))
+    assert "=== full, request 0" in (out / "samples.txt").read_text()
+    assert not list(out.glob("*.part"))
+
+
+@pytest.mark.parametrize("strategy", ["full", "streaming(sinks=2_window=20)", "h2o(heavy=8_recent=8)"])
+def test_trace_has_the_scopes(finished, strategy):
+    times = profile.scope_times(finished[1] / "trace" / strategy)
+    wanted = {"prefill", "prefill/attend", "decode", "decode/attend", "decode/write"} | (set() if strategy == "full" else {"decode/evict"})
+    for scope in wanted:
+        assert times[scope].seconds > 0
+        assert times[scope].events > 0
+    assert times["decode"].seconds >= times["decode/attend"].seconds
+
+
+def test_no_trace(tmp_path):
+    with pytest.raises(InputError, match="no profiler trace"):
+        profile.scope_times(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def refused(capsys):
+    """A function that runs the command line in this process, and returns the one line it says before it exits with code 2."""
+    if "strategy" not in flags.FLAGS:
+        run.define_flags()
+
+    def invoke(*arguments: str) -> str:
+        with flagsaver.flagsaver(), pytest.raises(SystemExit) as stopped:
+            run.main(run.parse_flags(["kvjax.run", *arguments]))
+        captured = capsys.readouterr()
+        assert stopped.value.code == 2
+        assert len(captured.err.splitlines()) == 1
+        return captured.err
+
+    return invoke
+
+
+REFUSED = [
+    (["--strategy=h20"], "kvjax: unknown strategy 'h20'; choose from full, streaming, h2o, oracle_topk"),
+    (["--strategy=h2o(hevy=1)"], "strategy h2o has no argument 'hevy'; it takes heavy, recent"),
+    (["--strategy=h2o(heavy=2.5)"], "h2o: heavy=2.5 is not a fraction"),
+    (["--compare=full,full"], "strategy full is named twice"),
+    (["--compare="], "no strategy given"),
+    (["--budget=lots"], "--budget=lots: give a whole number of tokens (256) or a fraction of the prompt (0.2)"),
+    (["--budget=0"], "--budget=0: give a whole number"),
+    (["--budget=1.5"], "--budget=1.5: give a whole number"),
+    (["--budget=nan"], "--budget=nan: give a whole number"),
+    (["--strategy=streaming", "--budget=3"], "a budget of 3 leaves no window beside sinks=4"),
+    (["--model=gpt-9"], "unknown model 'gpt-9'; bundled: kvjax-1m, kvjax-4m; presets: "),
+    (["--model=opt-125m"], "preset opt-125m comes without weights"),
+    ([*SMALL, "--dtype=int8"], "unknown dtype 'int8'; supported: float32, bfloat16, float16"),
+    ([*SMALL, "--input_len=3000"], "3000 prompt tokens and 16 new ones exceed the 2048 positions of model kvjax-1m"),
+    ([*SMALL, "--input_len=10"], "a prompt of 10 bytes cannot hold 2 facts"),
+    (["--input_len=0"], "kvjax: flag --input_len=0: 0 is not a positive integer"),
+    (["--input_len=many"], "flag --input_len=many"),
+    (["--store=cloud"], "flag --store=cloud: value should be one of <dense>"),
+    (["--prefill_mode=lazy"], "value should be one of <faithful|bounded>"),
+    (["--temperature=-1"], "flag --temperature=-1"),
+    (["--temperature=nan"], "temperature=nan is not a number >= 0"),
+    (["--top_p=0"], "top_p=0.0 is not in (0, 1]"),
+    (["--no_such_flag"], "Unknown command line flag 'no_such_flag'"),
+    (["h2o"], "unexpected argument 'h2o'; flags start with --, see --help"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[" ".join(a[-2:]) for a, _ in REFUSED])
+def test_bad_input_is_one_line(refused, arguments, message):
+    assert message in refused(*arguments)
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "profile_dir"])
+def test_directory_that_cannot_be_written(refused, tmp_path, flag):
+    (tmp_path / "file").write_text("")
+    assert refused(f"--{flag}={tmp_path / 'file'}").endswith(f"--{flag}={tmp_path / 'file'}: cannot write there: File exists\n")
+    assert "cannot write there: Not a directory" in refused(f"--{flag}={tmp_path / 'file' / 'below'}")
+    assert "cannot write there" in refused(f"--{flag}=/proc/kvjax")
+
+
+def test_bad_flag_of_the_real_program():
+    process = subprocess.run([sys.executable, "-m", "kvjax.run", "--input_len=0"], capture_output=True, text=True, timeout=100)
+    assert process.returncode == 2
+    assert process.stderr.startswith("kvjax: flag --input_len=0")
+    assert len(process.stderr.splitlines()) == 1
+
+
+def test_help_shows_the_flags_and_the_spec_strings():
+    process = subprocess.run([sys.executable, "-m", "kvjax.run", "--help"], capture_output=True, text=True, timeout=100)
+    for words in ("Measures KV-cache strategies", "h2o(heavy=0.1,recent=0.1)", "--compare:", "--profile_dir:", "--[no]random_weights:"):
+        assert words in process.stdout
