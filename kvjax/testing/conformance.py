@@ -222,14 +222,16 @@ def rope_is_relative(strategy: Strategy, rng: np.random.Generator) -> None:
 
 
 def odd_lengths(strategy: Strategy, rng: np.random.Generator) -> None:
-    """Prompts of one token, shorter than the budget, at it, and one beyond; decoding to the last slot."""
+    """Prompts of one token, shorter than the budget, at it, and one beyond, together and one token alone; decoding to the last slot."""
     budget = strategy.policy.budget(PROMPT) or PROMPT
-    for length in sorted({1, max(1, budget - 1), budget, budget + 1}):
-        tokens = random_tokens(rng, 1, length + STEPS)
-        trace = run(strategy, tokens, np.array([length]), STEPS)
-        at = length + STEPS - 1
-        held = [set(kept(trace.states[-2], 0, head)) | {at} for head in range(SHAPE.num_kv_heads)]
-        _close(trace.outs[0, -1], masked_attention(strategy, tokens, 0, at, held, length), f"prompt of {length}: masked full attention")
+    for lengths in ([1], [1, max(1, budget - 1), budget, budget + 1]):
+        tokens = random_tokens(rng, len(lengths), max(lengths) + STEPS)
+        trace = run(strategy, tokens, np.array(lengths), STEPS)
+        for row, length in enumerate(lengths):
+            at = length + STEPS - 1
+            held = [set(kept(trace.states[-2], row, head)) | {at} for head in range(SHAPE.num_kv_heads)]
+            want = masked_attention(strategy, tokens, row, at, held, length)
+            _close(trace.outs[row, -1], want, f"prompt of {length}: masked full attention")
 
 
 def unused_memory_never_leaks(strategy: Strategy, rng: np.random.Generator) -> None:

@@ -90,12 +90,13 @@ def run(
     kv = final if whole or bounded or strategy.policy.budget(1) is None else strategy.stage(SHAPE, lengths, longest, fill)
     pieces = []
     for start in range(0, longest, chunk):
-        q, k, v = (x[:, start : min(start + chunk, longest)] for x in (tokens.q, tokens.k, tokens.v))
-        valid = start + np.arange(q.shape[1]) < lengths[:, None]
+        at = start + np.arange(chunk)
+        q, k, v = (x[:, np.minimum(at, longest - 1)] for x in (tokens.q, tokens.k, tokens.v))
+        valid = at < lengths[:, None]
         out, kv = prefill_call(strategy, start == 0, kv, q, k, v, valid)
         pieces.append(np.asarray(out))
     if kv.layers[0].position is None and final.layers[0].position is not None:
-        kv = jax.jit(strategy.settle)(kv, final)
+        kv = settle_call(strategy, kv, final)
     going = np.ones(tokens.batch, bool) if active is None else active
     states, outs = [kv], []
     row = np.arange(tokens.batch)
@@ -108,13 +109,18 @@ def run(
         states.append(kv)
         outs.append(np.asarray(out[:, 0]))
     empty = np.zeros((tokens.batch, 0, *tokens.q.shape[2:]), np.float32)
-    return Trace(np.concatenate(pieces, 1), np.stack(outs, 1) if outs else empty, states)
+    return Trace(np.concatenate(pieces, 1)[:, :longest], np.stack(outs, 1) if outs else empty, states)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def prefill_call(strategy: Strategy, first: bool, kv: KVState, q, k, v, valid):
     out, layer = strategy.prefill(kv.layers[0], q, k, v, kv, valid, first)
     return out, dataclasses.replace(kv.with_layer(0, layer), length=kv.length + valid.sum(-1))
+
+
+@partial(jax.jit, static_argnums=0)
+def settle_call(strategy: Strategy, staged: KVState, empty: KVState) -> KVState:
+    return strategy.settle(staged, empty)
 
 
 @partial(jax.jit, static_argnums=0)
