@@ -184,7 +184,7 @@ def fail(message: object) -> NoReturn:
 
 
 def main(argv: list[str]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     try:
         if len(argv) > 1:
             raise SpecError(f"unexpected argument {argv[1]!r}; flags start with --, see --help")

@@ -20,7 +20,7 @@ def show(records: Sequence[Record], console: Console) -> None:
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
     for record in records:
-        table.add_column(record["strategy"], justify="right", overflow="fold")
+        table.add_column(record["strategy"].replace("(", "\n("), justify="right", overflow="fold")
     for heading, rows in _SECTIONS:
         shown = [(label, cells) for label, make in rows if any(cells := [make(r) for r in records])]
         if not shown:
