@@ -4,7 +4,7 @@ PYTHON ?= python$(shell cat .python-version)
 BIN := .venv/bin
 MODEL ?= kvjax-4m
 
-.PHONY: run test lint bench train environment
+.PHONY: run test lint bench soak train environment
 
 run: environment  ## compare four strategies on the bundled model
 	$(BIN)/python -m kvjax.run --compare=full,streaming,h2o,oracle_topk
@@ -19,6 +19,9 @@ lint: environment  ## style, format, types
 
 bench: environment  ## speed beside transformers and llama.cpp
 	$(BIN)/python -m experiments.bench.speed
+
+soak: environment  ## thousands of requests at twice the sustainable rate, with cancellations and preemptions
+	$(BIN)/python -m experiments.load.soak
 
 train: environment  ## train a bundled model: make train MODEL=kvjax-1m
 	$(BIN)/python -m kvjax.train --model=$(MODEL) --output_dir=runs/$(MODEL)

@@ -7,13 +7,14 @@ The front door:
     kvjax.score(model, token_ids, prompt_len=512, strategy="streaming(sinks=4,window=252)")
 """
 
-from kvjax.cache import DenseStore, Policy, Slots, Strategy, parse_strategy
+from kvjax.cache import DenseStore, PagedStore, Policy, Slots, Strategy, parse_strategy
+from kvjax.engine.engine import Engine
 from kvjax.errors import InputError, KvjaxError, ModelError, SpecError
 from kvjax.generation import Generation, PrefillPlan, generate, score, stream
 from kvjax.models import Model, load_model
 from kvjax.sampling import Sampling
 
 __all__ = [
-    "DenseStore", "Generation", "InputError", "KvjaxError", "Model", "ModelError", "Policy", "PrefillPlan", "Sampling", "Slots",
-    "SpecError", "Strategy", "generate", "load_model", "parse_strategy", "score", "stream",
+    "DenseStore", "Engine", "Generation", "InputError", "KvjaxError", "Model", "ModelError", "PagedStore", "Policy", "PrefillPlan",
+    "Sampling", "Slots", "SpecError", "Strategy", "generate", "load_model", "parse_strategy", "score", "stream",
 ]  # fmt: skip

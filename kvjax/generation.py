@@ -253,7 +253,7 @@ def run_prefill(
     return logits, _settle(strategy, kv, allocate()) if staged else kv
 
 
-def _apply(decoder: Decoder, params, tokens, kv: KVState, step: Prefill | Decode) -> tuple[Float[Array, "B T V"], KVState]:
+def apply(decoder: Decoder, params, tokens, kv: KVState, step: Prefill | Decode) -> tuple[Float[Array, "B T V"], KVState]:
     """`decoder.apply`, with the types that Flax leaves open."""
     result: Any = decoder.apply(params, tokens, kv, step)
     return result
@@ -261,7 +261,7 @@ def _apply(decoder: Decoder, params, tokens, kv: KVState, step: Prefill | Decode
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _prefill(decoder: Decoder, params, tokens, kv: KVState, step: Prefill):
-    logits, kv = _apply(decoder, params, tokens, kv, step)
+    logits, kv = apply(decoder, params, tokens, kv, step)
     return logits[:, 0], kv
 
 
@@ -302,7 +302,7 @@ def decode_steps(
     def one(carry, _):
         kv, token, remaining = carry
         active = remaining > 0
-        logits, kv = _apply(decoder, params, token[:, None], kv, Decode(active, strategy))
+        logits, kv = apply(decoder, params, token[:, None], kv, Decode(active, strategy))
         chosen = sampling.choose(logits[:, 0], seeds, kv.length)
         token = jnp.where(active, chosen, token)
         return (kv, token, left_after(remaining, token, stops)), jnp.where(active, token, -1)
@@ -326,7 +326,7 @@ def _score_steps(
     everyone: Bool[Array, " B"] = jnp.ones(tokens.shape[0], bool)
 
     def one(kv, token):
-        logits, kv = _apply(decoder, params, token[:, None], kv, Decode(everyone, strategy))
+        logits, kv = apply(decoder, params, token[:, None], kv, Decode(everyone, strategy))
         return kv, logits[:, 0]
 
     kv, logits = jax.lax.scan(one, kv, tokens.T)

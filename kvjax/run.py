@@ -3,18 +3,27 @@
     python -m kvjax.run --strategy=h2o
     python -m kvjax.run --compare=full,streaming,h2o,oracle_topk --budget=0.2
     python -m kvjax.run --strategy="h2o(heavy=8,recent=8)" --output_dir=runs/h2o --profile_dir=runs/trace
+    python -m kvjax.run --strategy=vllm --request_rate=4
+    python -m kvjax.run --compare=full,vllm,h2o+paged --request_rate=8 --kv_memory=32MiB --goodput=ttft:500,tpot:50
+
+Without a load, whole batches run from start to end (offline). A load, any of --request_rate, --ramp, --max_concurrency, --prompts and
+--trace, puts the serving engine under it: continuous batching within --kv_memory, latencies by the definitions of `vllm bench serve`.
 
 A strategy is a name, or a name with arguments. An int is tokens, a float is a fraction of the prompt:
 
     full                              everything kept
+    vllm                              the same on pages: full+paged
     streaming(sinks=4,window=252)     the first tokens and a sliding window
     h2o(heavy=0.1,recent=0.1)         heavy hitters and recent tokens; also decode=False, group=first|max
     oracle_topk(k=0.2)                keeps all, reads the exact top k: the upper bound
+    h2o+paged                         any of them in the paged store; or --store=paged for all that name none
 
 The default model ships with kvjax. Its prompts state facts, put Python source between them and ask for the facts afterwards, so the table
 shows directly what a strategy forgets.
 """
 
+import dataclasses
+import math
 import os
 import pathlib
 import sys
@@ -27,8 +36,9 @@ from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvjax.cache import Full, Strategy, parse_strategy, split_specs
-from kvjax.engine import offline
+from kvjax.cache import STORES, Full, Strategy, parse_strategy, split_specs
+from kvjax.engine import load, metrics, offline, serve
+from kvjax.engine.engine import Engine
 from kvjax.errors import InputError, KvjaxError, SpecError
 from kvjax.generation import PREFILL_MODES, PrefillPlan, check_positions, generate
 from kvjax.models import Model, load_model
@@ -39,20 +49,30 @@ from kvjax.sampling import Sampling
 
 FLAGS = flags.FLAGS
 
+LOAD_FLAGS = ("request_rate", "ramp", "max_concurrency", "prompts", "trace")
+"""Any of them asks for the serving engine."""
+
+LOAD_ONLY = (
+    *LOAD_FLAGS, "burstiness", "trace_speed", "shared_prefix", "kv_memory", "max_num_seqs", "max_num_batched_tokens",
+    "enable_prefix_caching", "goodput",
+)  # fmt: skip
+OFFLINE_ONLY = ("batch_size", "prefill_mode", "quality")
+
 
 def define_flags() -> None:
     """Called once, when this module is the program."""
     flags.DEFINE_string("strategy", "h2o", "The strategy to measure: a name, or a spec such as h2o(heavy=8,recent=8).")
     flags.DEFINE_string("compare", None, "Several strategies, separated by commas, side by side in one table; replaces --strategy.")
     flags.DEFINE_string("budget", None, "Tokens (an int) or fraction of the prompt (a float) each strategy may keep or read in total.")
-    flags.DEFINE_enum("store", "dense", ["dense"], "Where the cache's bytes live.")
+    flags.DEFINE_enum("store", None, list(STORES), "Where the cache's bytes live, for strategies that do not say it; default: dense.")
+    flags.DEFINE_integer("page_size", None, "Slots of a page in the paged store; default: 64.", lower_bound=1)
     flags.DEFINE_string("model", "kvjax-4m", "A bundled model, a preset (with --random_weights), or a Hugging Face or orbax directory.")
     flags.DEFINE_bool("random_weights", False, "Random weights: speed and bytes are real, what the model says is not.")
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 elsewhere.")
-    flags.DEFINE_integer("num_prompts", 16, "Prompts to run.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", 8, "Prompts per batch.", lower_bound=1)
-    flags.DEFINE_integer("input_len", 952, "Tokens per prompt.", lower_bound=1)
-    flags.DEFINE_integer("output_len", 64, "Tokens to generate per prompt.", lower_bound=1)
+    flags.DEFINE_integer("num_prompts", None, "Prompts to run; default: 16 offline, 64 under load, all of a file.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 8, "Prompts per batch (offline).", lower_bound=1)
+    flags.DEFINE_string("input_len", "952", "Tokens per prompt; under load also uniform(256,768) or lognormal(512,0.5) (median, sigma).")
+    flags.DEFINE_string("output_len", "64", "Tokens to generate per prompt; under load also a distribution, like --input_len.")
     flags.DEFINE_integer("num_facts", 8, "Facts stated per prompt, at evenly spaced depths (byte-level models).", lower_bound=1)
     flags.DEFINE_integer("prefill_chunk", None, "Tokens of the prompt per call; default: all at once.", lower_bound=1)
     flags.DEFINE_enum("prefill_mode", "faithful", PREFILL_MODES, "With chunks: evict once the prompt is complete, or after every chunk.")
@@ -61,7 +81,26 @@ def define_flags() -> None:
     flags.DEFINE_float("top_p", 1.0, "Sample from the most likely tokens that reach this probability.", lower_bound=0.0, upper_bound=1.0)
     flags.DEFINE_integer("seed", 0, "Seed of the prompts and of sampling.")
     flags.DEFINE_bool("quality", True, "Measure fidelity and recall; --noquality gives speed and bytes alone, sooner.")
-    flags.DEFINE_string("output_dir", None, "Write record.json, requests.jsonl, samples.txt and overview.png here.")
+    flags.DEFINE_string("request_rate", None, "Requests per second, or inf for all at once: serve under load.")
+    flags.DEFINE_float("burstiness", 1.0, "Shape of the gamma distribution of gaps: 1 Poisson, less burstier, inf evenly spaced.")
+    flags.DEFINE_string(
+        "ramp", None, "A rate that moves, linear:1:8 or exponential:1:8 (first and last request), instead of --request_rate."
+    )
+    flags.DEFINE_integer("max_concurrency", None, "Requests a client has under way at most; others queue at the client.", lower_bound=1)
+    flags.DEFINE_string("prompts", None, "A JSONL file of requests: prompt or prompt_token_ids, optionally max_tokens.")
+    flags.DEFINE_string("trace", None, "A timed trace to replay, JSONL or CSV: arrival (s), input_length, output_length.")
+    flags.DEFINE_float("trace_speed", 1.0, "Replay the trace this much faster.", lower_bound=1e-9)
+    flags.DEFINE_integer("shared_prefix", 0, "Tokens that all prompts begin with (under load).", lower_bound=0)
+    flags.DEFINE_string("kv_memory", "64MiB", "Memory of the engine's cache: pages, metadata and staging together.")
+    flags.DEFINE_integer("max_num_seqs", 64, "Requests the engine computes at a time.", lower_bound=1)
+    flags.DEFINE_integer("max_num_batched_tokens", None, "Tokens of an engine step; default: max_num_seqs + 256.", lower_bound=1)
+    flags.DEFINE_bool(
+        "enable_prefix_caching", False, "Keep pages of ended requests for prompts that begin alike (strategies that keep all)."
+    )
+    flags.DEFINE_string("goodput", None, "Objectives in ms, all to be met: ttft:200,tpot:50 (also e2el).")
+    flags.DEFINE_string(
+        "output_dir", None, "Write record.json, requests.jsonl, samples.txt (offline), series.jsonl (load) and a figure here."
+    )
     flags.DEFINE_string("profile_dir", None, "Write an XLA profiler trace of one batch per strategy here, and print time by scope.")
 
 
@@ -84,7 +123,7 @@ def strategies() -> list[Strategy]:
     specs = split_specs(FLAGS.strategy if FLAGS.compare is None else FLAGS.compare)
     if not specs:
         raise SpecError("no strategy given; name at least one, for example --strategy=h2o")
-    chosen = [parse_strategy(spec, FLAGS.store) for spec in specs]
+    chosen = [parse_strategy(spec, FLAGS.store, FLAGS.page_size) for spec in specs]
     if (budget := parse_budget(FLAGS.budget)) is not None:
         chosen = [Strategy(s.policy.with_budget(budget), s.store) for s in chosen]
     names = [s.describe() for s in chosen]
@@ -110,14 +149,150 @@ def writable(flag: str) -> pathlib.Path | None:
 def run(console: Console) -> None:
     """Loads, measures, prints, writes."""
     chosen = strategies()
-    plan = PrefillPlan(FLAGS.prefill_chunk, FLAGS.prefill_mode)
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
     output_dir, profile_dir = writable("output_dir"), writable("profile_dir")
+    under_load = any(FLAGS[name].value is not None for name in LOAD_FLAGS)
+    measure = run_load if under_load else run_offline
+    check_flags(under_load)
     model = load_model(FLAGS.model, dtype=FLAGS.dtype, random_weights=FLAGS.random_weights)
-    batch_size = min(FLAGS.batch_size, FLAGS.num_prompts)
+    measure(console, model, chosen, sampling, output_dir, profile_dir)
+
+
+def check_flags(under_load: bool) -> None:
+    """Raises SpecError for a flag that would have no effect."""
+    idle = OFFLINE_ONLY if under_load else LOAD_ONLY
+    if given := [name for name in idle if FLAGS[name].present]:
+        if under_load:
+            raise SpecError(
+                f"--{given[0]} has no meaning under load; leave it out, or the load ({', '.join('--' + f for f in LOAD_FLAGS)})"
+            )
+        raise SpecError(f"--{given[0]} needs a load; add one of {', '.join('--' + f for f in LOAD_FLAGS)}, for example --request_rate=4")
+    for flag in ("input_len", "output_len"):
+        load.parse_lengths(str(FLAGS[flag].value))
+        if not under_load:
+            fixed_length(flag)
+
+
+def fixed_length(flag: str) -> int:
+    """The whole number a flag must be offline. Raises SpecError."""
+    lengths = load.parse_lengths(str(FLAGS[flag].value))
+    if not isinstance(lengths, load.Fixed):
+        raise SpecError(f"--{flag}={FLAGS[flag].value}: offline all prompts have one length; give a number of tokens, or a load")
+    return lengths.tokens
+
+
+def run_load(
+    console: Console, model: Model, chosen: list[Strategy], sampling: Sampling, output_dir: pathlib.Path | None,
+    profile_dir: pathlib.Path | None,
+) -> None:  # fmt: skip
+    """Serves the same load under every strategy."""
+    goodput = None if FLAGS.goodput is None else metrics.parse_goodput(FLAGS.goodput)
+    requests = make_load(model)
+    engines = [make_engine(model, strategy, sampling, requests.max_length) for strategy in chosen[:1]]
+    options = {name: FLAGS[name].value for name in (*LOAD_ONLY, "input_len", "output_len", "seed", "random_weights")}
+    options["request_rate"] = "inf" if math.isinf(requests.request_rate) else requests.request_rate
+    options["burstiness"] = requests.burstiness if math.isfinite(requests.burstiness) else "inf"
+    found: list[dict[str, Any]] = []
+    services = []
+    columns = (TextColumn("{task.description:<48}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+    for strategy in chosen:
+        engine = engines.pop() if engines else make_engine(model, strategy, sampling, requests.max_length)
+        name = strategy.describe()
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(f"{name}: compiling", total=None)
+            lengths = [len(r.prompt) for r in requests.requests]
+            engine.warm_up(lengths, lambda what: progress.update(task, description=f"{name}: compiling {what}"))  # noqa: B023
+            progress.reset(task, total=len(requests.requests))
+
+            def report(ended: int, running: int) -> None:
+                progress.update(task, completed=ended, description=f"{name}: serving {running}")  # noqa: B023
+
+            service = serve.serve(engine, requests, max_concurrency=FLAGS.max_concurrency, progress=report)
+        found.append(records.load_record(service, engine, model, requests, options, goodput, FLAGS.max_concurrency is not None))
+        services.append(service)
+        if not service.complete:
+            break
+        if profile_dir is not None:
+            profile_load(profile_dir, engine, requests, console)
+        del engine
+    table.show(found, console)
+    complete = all(service.complete for service in services)
+    if not complete:
+        console.print(f"interrupted: {services[-1].record_note()}; records are marked incomplete", style="bold yellow", highlight=False)
+    if output_dir is not None:
+        records.write_load(output_dir, found, services)
+        plots.under_load(found, services, output_dir / "load.png")
+        console.print(f"wrote record.json, requests.jsonl, series.jsonl and load.png to {output_dir}", highlight=False)
+    if not complete:
+        sys.exit(130)
+
+
+def make_load(model: Model) -> load.Load:
+    """The load that the flags describe."""
+    from_file = FLAGS.prompts is not None or FLAGS.trace is not None
+    count = FLAGS.num_prompts if FLAGS.num_prompts is not None or from_file else 64
+    return load.make_load(
+        model, num_requests=count, input_len=load.parse_lengths(FLAGS.input_len), output_len=load.parse_lengths(FLAGS.output_len),
+        request_rate=parse_rate(FLAGS.request_rate), burstiness=FLAGS.burstiness, ramp=parse_ramp(FLAGS.ramp), seed=FLAGS.seed,
+        prompts=FLAGS.prompts, trace=FLAGS.trace, speed=FLAGS.trace_speed, shared_prefix=FLAGS.shared_prefix, num_facts=FLAGS.num_facts,
+    )  # fmt: skip
+
+
+def make_engine(model: Model, strategy: Strategy, sampling: Sampling, longest: int) -> Engine:
+    """The engine that the flags describe, for requests of up to `longest` tokens."""
+    return Engine(
+        model, strategy, kv_memory=FLAGS.kv_memory, max_num_seqs=FLAGS.max_num_seqs, max_model_len=max(longest, 2),
+        max_num_batched_tokens=FLAGS.max_num_batched_tokens, prefill_chunk=FLAGS.prefill_chunk or 256,
+        prefix_caching=FLAGS.enable_prefix_caching, sampling=sampling,
+    )  # fmt: skip
+
+
+def parse_rate(text: str | None) -> float:
+    """Requests per second; inf without a rate. Raises SpecError."""
+    try:
+        return math.inf if text is None else float(text)
+    except ValueError:
+        raise SpecError(f"--request_rate={text}: give requests per second, or inf for all at once") from None
+
+
+def parse_ramp(text: str | None) -> load.Ramp | None:
+    """`linear:1:8`. Raises SpecError."""
+    if text is None:
+        return None
+    kind, *rates = text.split(":")
+    try:
+        start, end = (float(rate) for rate in rates)
+    except ValueError:
+        raise SpecError(f"--ramp={text}: give a kind and two rates in requests per second, such as linear:1:8 or exponential:1:8") from None
+    return load.Ramp(kind, start, end)  # type: ignore[arg-type]
+
+
+def profile_load(parent: pathlib.Path, engine: Engine, requests: load.Load, console: Console) -> None:
+    """A trace of the engine serving the first few requests, all at once, and the time its scopes took."""
+    few = dataclasses.replace(requests, requests=tuple(dataclasses.replace(r, arrival=0.0) for r in requests.requests[:8]))
+    directory = parent / engine.strategy.describe().replace(",", "_")
+    with profile.trace(directory):
+        serve.serve(engine, few)
+    show_profile(directory, engine.strategy, console)
+
+
+def show_profile(directory: pathlib.Path, strategy: Strategy, console: Console) -> None:
+    console.print(f"\ntrace of {strategy.describe()} in {directory} (TensorBoard, XProf or Perfetto open it)", highlight=False)
+    for scope, spent in profile.scope_times(directory).items():
+        console.print(f"  {scope:<24}{1e3 * spent.seconds:>10.2f} ms in {spent.events} instructions", highlight=False)
+
+
+def run_offline(
+    console: Console, model: Model, chosen: list[Strategy], sampling: Sampling, output_dir: pathlib.Path | None,
+    profile_dir: pathlib.Path | None,
+) -> None:  # fmt: skip
+    """Runs whole batches from start to end under every strategy."""
+    plan = PrefillPlan(FLAGS.prefill_chunk, FLAGS.prefill_mode)
+    input_len, output_len, num_prompts = fixed_length("input_len"), fixed_length("output_len"), FLAGS.num_prompts or 16
+    batch_size = min(FLAGS.batch_size, num_prompts)
     questions = FLAGS.num_facts * recall.STATEMENT_BYTES
-    check_positions(model, FLAGS.input_len, max(FLAGS.output_len, questions))
-    workload = offline.make_workload(model, FLAGS.num_prompts, FLAGS.input_len, FLAGS.seed, FLAGS.num_facts)
+    check_positions(model, input_len, max(output_len, questions))
+    workload = offline.make_workload(model, num_prompts, input_len, FLAGS.seed, FLAGS.num_facts)
 
     full = Strategy(Full(), chosen[0].store)
     per_strategy = offline.steps_of(workload, batch_size, FLAGS.quality)
@@ -125,10 +300,10 @@ def run(console: Console) -> None:
     measured = []
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("reference: full cache", total=per_strategy * len(chosen) + 1)
-        against = offline.reference(model, full, workload, batch_size, FLAGS.output_len, plan) if FLAGS.quality else None
+        against = offline.reference(model, full, workload, batch_size, output_len, plan) if FLAGS.quality else None
         progress.advance(task)
         for strategy in chosen:
-            name = strategy.policy.describe()
+            name = strategy.describe()
 
             def report(what: str, name: str = name) -> None:
                 progress.update(task, advance=1, description=f"{name}: {what}")
@@ -137,11 +312,11 @@ def run(console: Console) -> None:
             measured.append(
                 offline.measure(
                     model, strategy, workload if FLAGS.quality else offline.without_questions(workload), batch_size=batch_size,
-                    output_len=FLAGS.output_len, seed=FLAGS.seed, sampling=sampling, plan=plan, against=against, progress=report,
+                    output_len=output_len, seed=FLAGS.seed, sampling=sampling, plan=plan, against=against, progress=report,
                 )
             )  # fmt: skip
-    options = {name: FLAGS[name].value for name in ("input_len", "output_len", "seed", "prefill_chunk", "prefill_mode")}
-    options |= {"batch_size": batch_size, "random_weights": FLAGS.random_weights}
+    options = {name: FLAGS[name].value for name in ("seed", "prefill_chunk", "prefill_mode")}
+    options |= {"input_len": input_len, "output_len": output_len, "batch_size": batch_size, "random_weights": FLAGS.random_weights}
     found = [records.record(m, model, workload, options) for m in measured]
     table.show(found, console)
     if output_dir is not None:
@@ -157,17 +332,15 @@ def profile_strategies(
 ) -> None:
     """One traced batch per strategy, after compiling, and the time its scopes took."""
     settings: dict[str, Any] = dict(
-        max_new_tokens=min(32, FLAGS.output_len), sampling=sampling, seed=FLAGS.seed, stop_tokens=(), prefill=plan
+        max_new_tokens=min(32, fixed_length("output_len")), sampling=sampling, seed=FLAGS.seed, stop_tokens=(), prefill=plan
     )
     prompts = workload.prompts[:batch_size]
     for strategy in chosen:
-        directory = parent / strategy.policy.describe().replace(",", "_")
+        directory = parent / strategy.describe().replace(",", "_")
         generate(model, prompts, strategy=strategy, **settings)
         with profile.trace(directory):
             generate(model, prompts, strategy=strategy, **settings)
-        console.print(f"\ntrace of {strategy.describe()} in {directory} (TensorBoard, XProf or Perfetto open it)", highlight=False)
-        for scope, spent in profile.scope_times(directory).items():
-            console.print(f"  {scope:<24}{1e3 * spent.seconds:>10.2f} ms in {spent.events} instructions", highlight=False)
+        show_profile(directory, strategy, console)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

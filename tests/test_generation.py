@@ -1,6 +1,7 @@
 """Generation and scoring through the library's front door, on tiny random models."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from kvjax import InputError, PrefillPlan, Sampling, SpecError, generate, score,
 from kvjax.cache import Forward, parse_strategy
 from kvjax.cache.ledger import nbytes
 from kvjax.generation import cache_shape, decode_program, run_prefill
-from kvjax.models import Model
+from kvjax.models import Model, load_model
 
 STRATEGIES = ["full", "streaming(sinks=2,window=6)", "h2o(heavy=3,recent=4)", "h2o(heavy=3,recent=4,decode=False)", "oracle_topk(k=5)"]
 AMPLE = ["full", "streaming(sinks=2,window=60)", "h2o(heavy=30,recent=30)", "oracle_topk(k=60)"]
@@ -219,7 +220,27 @@ def test_arrays_have_budget_plus_one_slots(byte_model, mode):
     ids = random_ids(byte_model)[:, :20].astype(np.int32)
     _, kv = run_prefill(byte_model, strategy, ids, np.array([20, 20], np.int32), NEW, PrefillPlan(8, mode))
     assert {layer.position.shape[-1] for layer in kv.layers} == {8}
-    assert {strategy.store.capacity(layer.store) for layer in kv.layers} == {8}
+    assert {strategy.store.capacity(layer.store, kv.shared) for layer in kv.layers} == {8}
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- stores
+
+
+@pytest.fixture(scope="module")
+def trained() -> Model:
+    return load_model("kvjax-1m", dtype="float32")
+
+
+@pytest.mark.parametrize("plan", [PrefillPlan(), PrefillPlan(24), PrefillPlan(24, "bounded")], ids=["whole", "faithful", "bounded"])
+@pytest.mark.parametrize("spec", ["full", "streaming(sinks=4,window=20)", "h2o(heavy=0.2,recent=0.2)"])
+def test_pages_hold_what_dense_slots_hold(trained, spec, plan):
+    source = (pathlib.Path(__file__).parent / "conftest.py").read_text()
+    options = dict(prompts=[source[:48], source[100:111], source[200:237]], max_new_tokens=17)
+    same_as = plan if plan.mode == "bounded" else PrefillPlan()
+    dense = generate(trained, strategy=parse_strategy(spec, "dense"), prefill=same_as, **options)
+    paged = generate(trained, strategy=parse_strategy(spec, "paged", page_size=8), prefill=plan, **options)
+    assert paged.tokens == dense.tokens
+    assert paged.ledger.device.live == dense.ledger.device.live
 
 
 # ------------------------------------------------------------------------------------------------------------------------ what is refused

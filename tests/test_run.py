@@ -144,9 +144,23 @@ REFUSED = [
     ([*SMALL, "--dtype=int8"], "unknown dtype 'int8'; supported: float32, bfloat16, float16"),
     ([*SMALL, "--input_len=3000"], "3000 prompt tokens and 16 new ones exceed the 2048 positions of model kvjax-1m"),
     ([*SMALL, "--input_len=10"], "a prompt of 10 bytes cannot hold 2 facts"),
-    (["--input_len=0"], "kvjax: flag --input_len=0: 0 is not a positive integer"),
-    (["--input_len=many"], "flag --input_len=many"),
-    (["--store=cloud"], "flag --store=cloud: value should be one of <dense>"),
+    (["--input_len=0"], "kvjax: a length of 0 tokens; give at least 1"),
+    (["--input_len=many"], "kvjax: cannot read lengths 'many'; write tokens such as 512"),
+    (["--input_len=uniform(8,16)"], "--input_len=uniform(8,16): offline all prompts have one length; give a number of tokens, or a load"),
+    (["--batch_size=0"], "flag --batch_size=0: 0 is not a positive integer"),
+    (["--store=cloud"], "flag --store=cloud: value should be one of <dense|paged>"),
+    (["--strategy=vllm", "--store=dense"], "vllm means full in the paged store; for full in another store write full+dense"),
+    (["--max_num_seqs=8"], "--max_num_seqs needs a load; add one of --request_rate"),
+    (["--request_rate=4", "--batch_size=2"], "--batch_size has no meaning under load"),
+    (["--request_rate=fast"], "--request_rate=fast: give requests per second, or inf for all at once"),
+    (["--request_rate=-1", *SMALL[:2]], "request_rate=-1 is not a rate"),
+    (["--ramp=linear:1"], "--ramp=linear:1: give a kind and two rates"),
+    (["--request_rate=4", "--goodput=speed:1"], "unknown objective 'speed'"),
+    (["--request_rate=4", "--kv_memory=much", *SMALL[:2]], "cannot read 'much' as an amount of memory"),
+    (["--request_rate=4", "--kv_memory=64KiB", *SMALL[:2]], "kv_memory of 65536 bytes is too small"),
+    (["--request_rate=4", "--strategy=h2o", "--store=paged", "--enable_prefix_caching", *SMALL[:2]], "prefix caching needs pages"),
+    (["--request_rate=4", "--max_num_batched_tokens=8", *SMALL[:2]], "max_num_batched_tokens=8 leaves no room for prompts"),
+    (["--trace=nowhere.jsonl", *SMALL[:2]], "nowhere.jsonl"),
     (["--prefill_mode=lazy"], "value should be one of <faithful|bounded>"),
     (["--temperature=-1"], "flag --temperature=-1"),
     (["--temperature=nan"], "temperature=nan is not a number >= 0"),
@@ -170,9 +184,9 @@ def test_directory_that_cannot_be_written(refused, tmp_path, flag):
 
 
 def test_bad_flag_of_the_real_program():
-    process = subprocess.run([sys.executable, "-m", "kvjax.run", "--input_len=0"], capture_output=True, text=True, timeout=100)
+    process = subprocess.run([sys.executable, "-m", "kvjax.run", "--batch_size=0"], capture_output=True, text=True, timeout=100)
     assert process.returncode == 2
-    assert process.stderr.startswith("kvjax: flag --input_len=0")
+    assert process.stderr.startswith("kvjax: flag --batch_size=0")
     assert len(process.stderr.splitlines()) == 1
 
 

@@ -5,11 +5,11 @@ from kvjax.cache.policies import H2O, POLICIES, PROTECTED, Amount, Full, OracleT
 from kvjax.cache.spec import parse_policy, parse_strategy, split_specs
 from kvjax.cache.state import CacheShape, KVState, LayerState
 from kvjax.cache.steps import Decode, Forward, Prefill
-from kvjax.cache.stores import STORES, DenseStore
+from kvjax.cache.stores import STORES, DenseStore, PagedStore, PageTable, Store
 from kvjax.cache.strategy import Strategy
 
 __all__ = [
     "H2O", "POLICIES", "PROTECTED", "STORES", "Amount", "CacheShape", "Decode", "DenseStore", "Forward", "Full", "KVState", "LayerState",
-    "Ledger", "OracleTopK", "Policy", "Prefill", "Slots", "Strategy", "Streaming", "Tier", "halves", "ledger", "parse_policy",
-    "parse_strategy", "split_specs", "tokens",
+    "Ledger", "OracleTopK", "PageTable", "PagedStore", "Policy", "Prefill", "Slots", "Store", "Strategy", "Streaming", "Tier", "halves",
+    "ledger", "parse_policy", "parse_strategy", "split_specs", "tokens",
 ]  # fmt: skip

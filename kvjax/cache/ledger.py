@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache.state import KVState, LayerState
+from kvjax.cache.stores import PageTable
 from kvjax.cache.strategy import Strategy
 
 
@@ -79,17 +80,19 @@ def ledger(strategy: Strategy, kv: KVState, transient: int | None = None) -> Led
     batch = kv.length.shape[0]
     seen = int(kv.length.sum())
     stored_bytes = sum(nbytes(layer.store) for layer in kv.layers)
-    live = logical = slots_kept = slots_seen = 0
+    live = logical = slots_kept = slots_seen = in_use = 0
     for layer in kv.layers:
         heads, token_bytes = strategy.store.token_bytes(layer.store, batch)
         kept = kept_tokens(layer, kv, heads)
         live += kept * token_bytes
+        in_use += _slots_in_use(layer, kv) * heads * token_bytes
         logical += seen * heads * token_bytes
         slots_kept += kept
         slots_seen += seen * heads
+    in_use = max(in_use, live)
     metadata = nbytes(kv) - stored_bytes
-    device = Tier(live=live, metadata=metadata, empty=stored_bytes - live)
-    read = sum(nbytes(layer) for layer in kv.layers)  # fixed slots: a step reads every array once
+    device = Tier(live=live, metadata=metadata, empty=stored_bytes - in_use, fragmentation=in_use - live)
+    read = sum(nbytes(layer) for layer in kv.layers)  # a step reads every array once
     return Ledger(
         device=device,
         host=Tier(),
@@ -99,6 +102,17 @@ def ledger(strategy: Strategy, kv: KVState, transient: int | None = None) -> Led
         bytes_moved_per_token=0.0,
         transient=transient,
     )
+
+
+def _slots_in_use(layer: LayerState, kv: KVState) -> int:
+    """Slots of the pages that hold at least one token; 0 without pages."""
+    if not isinstance(kv.shared, PageTable):
+        return 0
+    size = layer.store.k[0].shape[-1]
+    if layer.position is None:
+        return int((-(-np.asarray(kv.length) // size)).sum()) * size
+    held = np.asarray(layer.position) >= 0
+    return int(held.reshape(*held.shape[:2], -1, size).any((1, 3)).sum()) * size
 
 
 def kept_tokens(layer: LayerState, kv: KVState, heads: int) -> int:

@@ -5,20 +5,37 @@ import dataclasses
 import importlib
 
 from kvjax.cache.policies import POLICIES, Policy
-from kvjax.cache.stores import STORES
-from kvjax.cache.strategy import Strategy
+from kvjax.cache.stores import STORES, PagedStore
+from kvjax.cache.strategy import ALIASES, Strategy
 from kvjax.errors import SpecError
 
 
-def parse_strategy(spec: str, store: str = "dense") -> Strategy:
-    """The strategy that a spec string names: a policy name, optionally with keyword arguments.
+def parse_strategy(spec: str, store: str | None = None, page_size: int | None = None) -> Strategy:
+    """The strategy that a spec string names: a policy, optionally with keyword arguments, optionally with its store.
 
-    A policy of your own is named by its module and class: `my_policies:KeyNorm(keep=64)`. An int is tokens, a float is a fraction of the
-    prompt. Raises SpecError with what exists.
+    `h2o(heavy=8,recent=8)` stands in the default store, `h2o(heavy=8,recent=8)+paged` in pages, and `vllm` is `full+paged`. A policy of
+    your own is named by its module and class: `my_policies:KeyNorm(keep=64)`. An int is tokens, a float is a fraction of the prompt.
+
+    Args:
+      store: of specs that name none; the dense store by default.
+      page_size: slots of a page; None: the store's default. Without meaning for a dense store.
+
+    Raises SpecError with what exists.
     """
-    if store not in STORES:
+    if store is not None and store not in STORES:
         raise SpecError(f"unknown store {store!r}; choose from {', '.join(STORES)}")
-    return Strategy(parse_policy(spec), STORES[store]())
+    policy, plus, own = spec.strip().rpartition("+")
+    if not plus or own not in STORES:
+        policy, own = spec.strip(), ""
+    if policy in ALIASES:
+        policy, only = ALIASES[policy]
+        if (own or store or only) != only:
+            raise SpecError(
+                f"{spec.strip()} means {policy} in the {only} store; for {policy} in another store write {policy}+{own or store}"
+            )
+        own = only
+    chosen = STORES[own or store or "dense"]
+    return Strategy(parse_policy(policy), chosen(page_size) if chosen is PagedStore and page_size is not None else chosen())
 
 
 def parse_policy(spec: str) -> Policy:
@@ -43,7 +60,7 @@ def parse_policy(spec: str) -> Policy:
         raise problem
     kind = _imported(module, tree.id) if colon else POLICIES.get(tree.id)
     if kind is None:
-        raise SpecError(f"unknown strategy {tree.id!r}; choose from {', '.join(POLICIES)}, or name your own as module:Class")
+        raise SpecError(f"unknown strategy {tree.id!r}; choose from {', '.join((*POLICIES, *ALIASES))}, or name your own as module:Class")
     known = [field.name for field in dataclasses.fields(kind)]
     if unknown := [name for name in arguments if name not in known]:
         takes = f"it takes {', '.join(known)}" if known else "it takes no arguments"

@@ -53,11 +53,13 @@ class KVState:
       layers: one LayerState per layer, each array a leaf of its own.
       length: tokens seen, which is the position of the next one.
       prompt_length: tokens of the whole prompt; budgets given as fractions are fractions of it.
+      shared: what the store keeps once for all layers (the paged store's block table); None: nothing.
     """
 
     layers: tuple[LayerState, ...]
     length: Int[Array, " B"]
     prompt_length: Int[Array, " B"]
+    shared: Any = None
 
     def with_layer(self, index: int, layer: LayerState) -> "KVState":
         return dataclasses.replace(self, layers=(*self.layers[:index], layer, *self.layers[index + 1 :]))

@@ -12,6 +12,8 @@ What happens to a prompt:
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,8 +23,15 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.cache.attention import chunk_attention, prompt_attention
 from kvjax.cache.policies import Policy, Slots
 from kvjax.cache.state import CacheShape, KVState, LayerState
-from kvjax.cache.stores import DenseStore
+from kvjax.cache.stores import DenseStore, Store
+from kvjax.cache.stores.dense import select_rows
 from kvjax.errors import InputError, SpecError
+
+ALIASES = {"vllm": ("full", "paged")}
+"""Names for a policy in a store."""
+
+STAGING = DenseStore()
+"""Where a prompt stands that comes in chunks and is compressed once it is complete."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +39,7 @@ class Strategy:
     """Static under jit; all state is in the KVState."""
 
     policy: Policy
-    store: DenseStore = DenseStore()
+    store: Store = DenseStore()
 
     def __post_init__(self):
         if self.policy.keeps_score and not self.policy.per_head:
@@ -38,7 +47,11 @@ class Strategy:
 
     def describe(self) -> str:
         """The spec string, store included when it is not the default."""
-        return self.policy.describe()
+        policy = self.policy.describe()
+        if isinstance(self.store, DenseStore):
+            return policy
+        names = {pair: alias for alias, pair in ALIASES.items()}
+        return names.get((policy, self.store.name), f"{policy}+{self.store.name}")
 
     def slots(self, prompt_length: int, max_length: int) -> int:
         """Slots a row needs for a prompt of `prompt_length` tokens and `max_length` tokens in total.
@@ -66,9 +79,20 @@ class Strategy:
         batch = lengths.shape[0]
         layers = []
         for _ in range(shape.num_layers):
-            store = self.store.init(shape, batch, capacity, fill)
-            layers.append(LayerState(store) if self.policy.budget(1) is None else self._empty_slots(store, shape, batch, capacity, fill))
-        return KVState(tuple(layers), jnp.zeros_like(lengths), lengths)
+            layers.append(self.with_metadata(self.store.init(shape, batch, capacity, fill), shape, batch, capacity))
+        return KVState(tuple(layers), jnp.zeros_like(lengths), lengths, self.store.share(batch, capacity))
+
+    def with_metadata(self, store: Any, shape: CacheShape, batch: int, capacity: int) -> LayerState:
+        """A layer over `store` with the (empty) slots this policy keeps books of, for `batch` rows of up to `capacity` slots."""
+        if self.policy.budget(1) is None:
+            return LayerState(store)
+        heads, capacity = shape.num_kv_heads if self.policy.per_head else 1, self.store.rounded(capacity)
+        return LayerState(
+            store=store,
+            position=jnp.full((batch, heads, capacity), -1, jnp.int32),
+            score=jnp.zeros((batch, heads, capacity), jnp.float32) if self.policy.keeps_score else None,
+            next_slot=jnp.zeros((batch, heads), jnp.int32),
+        )
 
     def stage(self, shape: CacheShape, prompt_lengths, max_prompt: int, fill: float = 0.0) -> KVState:
         """An empty state that holds a whole prompt and the policy's statistics, for `settle` to compress."""
@@ -77,7 +101,7 @@ class Strategy:
         layers = []
         for _ in range(shape.num_layers):
             score = jnp.zeros((batch, shape.num_kv_heads, max_prompt), jnp.float32) if self.policy.keeps_score else None
-            layers.append(LayerState(self.store.init(shape, batch, max_prompt, fill), score=score))
+            layers.append(LayerState(STAGING.init(shape, batch, max_prompt, fill), score=score))
         return KVState(tuple(layers), jnp.zeros_like(lengths), lengths)
 
     def settle(self, staged: KVState, empty: KVState) -> KVState:
@@ -85,9 +109,9 @@ class Strategy:
         batch = staged.length.shape[0]
         layers = []
         for source, target in zip(staged.layers, empty.layers, strict=True):
-            k, v = self.store.tokens(source.store, batch)
-            layers.append(self._keep_prompt(target, k, v, source.score, staged.length, staged.prompt_length))
-        return KVState(tuple(layers), staged.length, staged.prompt_length)
+            k, v = STAGING.tokens(source.store, None, batch)
+            layers.append(self._keep_prompt(target, k, v, source.score, staged.length, empty))
+        return KVState(tuple(layers), staged.length, staged.prompt_length, empty.shared)
 
     def prefill(
         self,
@@ -116,19 +140,16 @@ class Strategy:
             with jax.named_scope("evict" if bounded else "write"):
                 score = self._scored(k, v, mass)
                 if bounded:
-                    return out, self._keep_prompt(layer, k, v, score, valid.sum(-1), kv.prompt_length)
-                store = self.store.fill(layer.store, k, v, valid)
+                    return out, self._keep_prompt(layer, k, v, score, valid.sum(-1), kv)
+                store = self._holding(layer).fill(layer.store, kv.shared, k, v, valid)
                 return out, dataclasses.replace(layer, store=store, score=_padded(score, layer.score))
         if bounded:
             return self._prefill_bounded(layer, q, k, v, kv, valid, group_mass)
+        holding = self._holding(layer)
         with jax.named_scope("write"):
-            store = self.store.write_chunk(layer.store, kv.length, k, v, valid)
+            store = holding.write_chunk(layer.store, kv.shared, kv.length, k, v, valid)
         with jax.named_scope("attend"):
-            position = kv.length[:, None] + jnp.arange(q.shape[1])
-            slots = jnp.arange(min(context or self.store.capacity(store), self.store.capacity(store)))
-            stored = jnp.where(slots < (kv.length + valid.sum(-1))[:, None], slots, -1)[:, None]
-            keys, values = (x[:, : len(slots)] for x in self.store.tokens(store, q.shape[0]))
-            out, mass = chunk_attention(q, keys, values, position, stored, valid, group_mass)
+            out, mass = holding.attend_chunk(store, kv.shared, q, kv.length, valid, context, group_mass)
         score = layer.score
         if score is not None:
             score = _scatter(score, kv.length, self.policy.initial_score(k, v), valid)
@@ -145,19 +166,19 @@ class Strategy:
         active: Bool[Array, " B"],
     ) -> tuple[Float[Array, "B 1 H D"], LayerState]:
         """Writes the new token, attends, updates the statistics, chooses the next victim. Rows that are not active stay as they are."""
-        capacity = self.store.capacity(layer.store)
+        capacity = self.store.capacity(layer.store, kv.shared)
         slot = kv.length[:, None] if layer.next_slot is None else layer.next_slot
         with jax.named_scope("write"):
-            store = self.store.write(layer.store, jnp.minimum(slot, capacity - 1), k[:, 0], v[:, 0], active)
+            store = self.store.write(layer.store, kv.shared, jnp.minimum(slot, capacity - 1), k[:, 0], v[:, 0], active)
             here = (jnp.arange(capacity) == slot[..., None]) & active[:, None, None]
             position = None if layer.position is None else jnp.where(here, kv.length[:, None, None], layer.position)
         with jax.named_scope("attend"):
             visible = jnp.arange(capacity) <= slot[..., None] if position is None else position >= 0
-            out, weights, scale = self.store.attend(store, q[:, 0], visible, lambda logits: self.policy.readable(logits, kv.prompt_length))
+            group_mass = self.policy.group_mass if self.policy.observes and position is not None else None
+            out, mass = self.store.attend(store, kv.shared, q[:, 0], visible, self._readable(kv), group_mass)
         layer = dataclasses.replace(layer, store=store, position=position)
         if position is not None:
             with jax.named_scope("evict"):
-                mass = self.policy.group_mass(weights[..., None, :], scale[..., None]) if self.policy.observes else None
                 layer = self._evict(layer, slot, here, k, v, mass, kv, active)
         return out[:, None], layer
 
@@ -189,7 +210,7 @@ class Strategy:
         position = kv.length[:, None] + jnp.arange(size)
         fresh = jnp.broadcast_to(jnp.where(valid, position, -1)[:, None], (batch, layer.position.shape[1], size))
         where = jnp.concatenate([layer.position, fresh], axis=-1)
-        held_k, held_v = self.store.tokens(layer.store, batch)
+        held_k, held_v = self.store.tokens(layer.store, kv.shared, batch)
         keys, values = jnp.concatenate([held_k.astype(k.dtype), k], 1), jnp.concatenate([held_v.astype(v.dtype), v], 1)
         with jax.named_scope("attend"):
             out, mass = chunk_attention(q, keys, values, position, where, valid, group_mass)
@@ -198,45 +219,53 @@ class Strategy:
             if score is not None:
                 score = jnp.concatenate([score, self.policy.initial_score(k, v)], -1)
                 score = score if mass is None else self.policy.observe(score, mass)
-            kept = self._keep(layer, keys, values, score, where, kv.length + valid.sum(-1), kv.prompt_length)
-            going = valid.any(-1)
-            return out, jax.tree.map(lambda new, old: _select_rows(going, new, old), kept, layer)
+            return out, self._keep(layer, keys, values, score, where, kv.length + valid.sum(-1), kv, valid.any(-1))
 
-    def _keep_prompt(self, layer: LayerState, k, v, score, length, prompt_length) -> LayerState:
+    def _keep_prompt(self, layer: LayerState, k, v, score, length, kv: KVState) -> LayerState:
         """Fills the layer from the first `length` tokens of (k, v), which stand in the order of their positions."""
         index = jnp.arange(k.shape[1])
         valid = index < length[:, None]
         if layer.position is None:  # nothing is ever dropped
-            return dataclasses.replace(layer, store=self.store.fill(layer.store, k, v, valid))
+            return dataclasses.replace(layer, store=self.store.fill(layer.store, kv.shared, k, v, valid))
         position = jnp.broadcast_to(jnp.where(valid, index, -1)[:, None], (*layer.position.shape[:2], k.shape[1]))
-        return self._keep(layer, k, v, score, position, length, prompt_length)
+        return self._keep(layer, k, v, score, position, length, kv)
 
-    def _keep(self, layer: LayerState, k, v, score, position, length, prompt_length) -> LayerState:
-        """Fills the layer's slots with the tokens the policy keeps, in the order of their positions."""
-        capacity = self.store.capacity(layer.store)
-        ranked = self.policy.priority(Slots(position, score, length[:, None, None], prompt_length[:, None, None]))
-        index = highest(ranked, position, self.policy.budget(prompt_length), capacity)
+    def _keep(self, layer: LayerState, k, v, score, position, length, kv: KVState, rows: Bool[Array, " B"] | None = None) -> LayerState:
+        """Fills the slots of these rows (None: all) with the tokens the policy keeps, in the order of their positions."""
+        capacity = self.store.capacity(layer.store, kv.shared)
+        ranked = self.policy.priority(Slots(position, score, length[:, None, None], kv.prompt_length[:, None, None]))
+        index = highest(ranked, position, self.policy.budget(kv.prompt_length), capacity)
         padded = jnp.pad(position, ((0, 0), (0, 0), (0, 1)), constant_values=-1)
         kept = jnp.take_along_axis(padded, index, axis=-1)
         if score is not None:
             score = jnp.where(kept >= 0, jnp.take_along_axis(jnp.pad(score, ((0, 0), (0, 0), (0, 1))), index, axis=-1), 0)
         next_slot = jnp.minimum((kept >= 0).sum(-1), capacity - 1).astype(jnp.int32)
-        return LayerState(self.store.fill_selected(layer.store, k, v, index), kept, score, next_slot)
+        new = LayerState(self.store.fill_selected(layer.store, kv.shared, k, v, index, rows), kept, score, next_slot)
+        if rows is None:
+            return new
+        stay = (layer.position, layer.score, layer.next_slot)
+        metadata = jax.tree.map(partial(select_rows, rows), (kept, score, next_slot), stay)
+        return LayerState(new.store, *metadata)
+
+    def _holding(self, layer: LayerState) -> Store:
+        """The store of a layer that keeps all it is given: a staged prompt's, or this strategy's own."""
+        return self.store if self.policy.budget(1) is None else STAGING
+
+    def _readable(self, kv: KVState) -> Callable[[Float[Array, "B Hkv G C"]], Bool[Array, "B Hkv 1 C"]] | None:
+        if type(self.policy).readable is Policy.readable:
+            return None
+
+        def readable(logits):
+            chosen = self.policy.readable(logits, kv.prompt_length)
+            return jnp.ones((1, 1, 1, logits.shape[-1]), bool) if chosen is None else chosen
+
+        return readable
 
     def _scored(self, k, v, mass):
         if not self.policy.keeps_score:
             return None
         score = self.policy.initial_score(k, v)
         return score if mass is None else self.policy.observe(score, mass)
-
-    def _empty_slots(self, store, shape: CacheShape, batch: int, capacity: int, fill: float) -> LayerState:
-        heads = shape.num_kv_heads if self.policy.per_head else 1
-        return LayerState(
-            store=store,
-            position=jnp.full((batch, heads, capacity), -1, jnp.int32),
-            score=jnp.zeros((batch, heads, capacity), jnp.float32) if self.policy.keeps_score else None,
-            next_slot=jnp.zeros((batch, heads), jnp.int32),
-        )
 
 
 def highest(priority: Float[Array, "B h K"], position: Int[Array, "B h K"], budget: Int[Array, " B"], capacity: int) -> Int[Array, "B h C"]:
@@ -273,7 +302,7 @@ def check_capacity(strategy: Strategy, kv: KVState, steps: int) -> None:
     layer = kv.layers[0]
     if layer.next_slot is not None and strategy.policy.evicts_in_decode:
         return
-    capacity = strategy.store.capacity(layer.store)
+    capacity = strategy.store.capacity(layer.store, kv.shared)
     used = kv.length if layer.next_slot is None else layer.next_slot.max(-1)
     if int(used.max()) + steps > capacity:
         raise InputError(f"{steps} more tokens do not fit: {int(used.max())} of {capacity} slots are used; start with a larger max_new")
@@ -290,9 +319,3 @@ def _scatter(score, start, new, valid):
     slot = jnp.where(valid, slot, capacity + slot)[:, None]
     rows, columns = jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
     return score.at[rows, columns, slot].set(new, mode="drop", unique_indices=True)
-
-
-def _select_rows(going: Bool[Array, " B"], new: Any, old: Any):
-    """Rows of `new` where going, else of `old`; store arrays have B * Hkv rows."""
-    repeated = jnp.repeat(going, new.shape[0] // going.shape[0])
-    return jnp.where(repeated.reshape(-1, *[1] * (new.ndim - 1)), new, old)

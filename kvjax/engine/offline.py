@@ -72,6 +72,7 @@ class Measurement:
     """One strategy on one workload.
 
     Attributes:
+      store: where the cache stood.
       timelines: one per request; a batch's requests start together, when the batch does.
       latency: the summary of the timelines (kvjax.engine.metrics).
       ledger: of the cache of the last batch, when its last token was written.
@@ -81,6 +82,7 @@ class Measurement:
     """
 
     strategy: str
+    store: str
     timelines: tuple[Timeline, ...]
     latency: dict[str, float | int]
     ledger: Ledger
@@ -191,7 +193,14 @@ def measure(
         progress("scored")
     quality = fidelity.Comparison(*(np.concatenate(x) for x in zip(*parts, strict=True))).summary(seed) if parts else {}
     return Measurement(
-        strategy.describe(), tuple(timelines), summarise(timelines, busy), books, quality, _by_depth(workload, hits), samples
+        strategy.describe(),
+        strategy.store.name,
+        tuple(timelines),
+        summarise(timelines, busy),
+        books,
+        quality,
+        _by_depth(workload, hits),
+        samples,
     )
 
 

@@ -9,6 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from kvjax.engine.serve import Service
+
 _PURPOSES = (("live", "keys and values", "tab:blue"), ("metadata", "metadata", "tab:orange"), ("empty", "empty", "lightgrey"))
 _DEPTH = "task_recall_depth_"
 
@@ -21,6 +23,34 @@ def overview(records: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         _recall(records, axes[0, 0])
     _bytes(records, axes[0, -1])
     figure.suptitle(f"{records[0]['model_id']}, {records[0]['input_len']} tokens of prompt, batch {records[0]['batch_size']}", fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def under_load(records: Sequence[dict[str, Any]], services: Sequence[Service], path: pathlib.Path) -> None:
+    """Draws a load as it was served: requests running and waiting and pages in use over time, and the latencies requests met."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
+    (running, usage), (ttft, tpot) = axes
+    for record, service in zip(records, services, strict=True):
+        times = [s.time for s in service.samples]
+        (line,) = running.plot(times, [s.running for s in service.samples], linewidth=1.2, label=record["strategy"])
+        running.plot(times, [s.waiting for s in service.samples], linewidth=0.9, linestyle=":", color=line.get_color())
+        usage.plot(times, [100 * s.kv_usage for s in service.samples], linewidth=1.2, color=line.get_color())
+        timelines = [s.timeline for s in service.served if s.completed]
+        for axis, values in ((ttft, [t.ttft for t in timelines]), (tpot, [t.tpot for t in timelines if t.tpot is not None])):
+            ordered = sorted(1e3 * value for value in values)
+            axis.plot(ordered, [100 * (i + 1) / len(ordered) for i in range(len(ordered))], linewidth=1.4, color=line.get_color())
+    running.set(xlabel="seconds", ylabel="requests (dotted: waiting)", ylim=(0, None))
+    usage.set(xlabel="seconds", ylabel="pages in use (%)", ylim=(0, 104))
+    ttft.set(xlabel="time to first token (ms)", ylabel="requests (%)", ylim=(0, 104), xlim=(0, None))
+    tpot.set(xlabel="time per output token (ms)", ylabel="requests (%)", ylim=(0, 104), xlim=(0, None))
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    running.legend(fontsize=8)
+    first = records[0]
+    figure.suptitle(
+        f"{first['model_id']}, {first['num_prompts']} requests, {first['request_rate']} requests/s, {first['kv_memory']}", fontsize=10
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

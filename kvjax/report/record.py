@@ -1,7 +1,9 @@
 """One flat JSON record a run: settings, latency under the keys of `vllm bench serve`, `kv_*` bytes, `fidelity_*` and `task_*` quality."""
 
+import dataclasses
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -11,8 +13,11 @@ from typing import Any
 
 import jax
 
-from kvjax.engine.metrics import TPOT_DEFINITION
+from kvjax.engine.engine import Engine
+from kvjax.engine.load import Load
+from kvjax.engine.metrics import TPOT_DEFINITION, Goodput
 from kvjax.engine.offline import Measurement, Workload
+from kvjax.engine.serve import Service
 from kvjax.models import Model
 
 SCHEMA_VERSION = 1
@@ -50,7 +55,7 @@ def record(measurement: Measurement, model: Model, workload: Workload, options: 
         "model_id": model.config.name,
         "dtype": str(model.dtype),
         "strategy": measurement.strategy,
-        "store": "dense",
+        "store": measurement.store,
         "workload": workload.kind,
         "num_prompts": len(workload.prompts),
         "request_rate": "inf",
@@ -60,6 +65,54 @@ def record(measurement: Measurement, model: Model, workload: Workload, options: 
         **measurement.ledger.record(),
         **quality,
     }
+
+
+def load_record(
+    service: Service, engine: Engine, model: Model, load: Load, options: dict[str, Any], goodput: Goodput | None, closed_loop: bool
+) -> dict[str, Any]:
+    """The flat record of a load served under one strategy. `options` are the settings the run was asked for."""
+    return {
+        **setting(),
+        "label": engine.strategy.describe(),
+        "model_id": model.config.name,
+        "dtype": str(model.dtype),
+        "strategy": engine.strategy.describe(),
+        "store": engine.strategy.store.name,
+        "workload": load.kind,
+        "num_prompts": len(load.requests),
+        **options,
+        "max_num_seqs": engine.limits.max_num_seqs,
+        "max_num_batched_tokens": engine.limits.max_num_batched_tokens,
+        "max_model_len": engine.limits.max_model_len,
+        **service.record(engine, goodput, closed_loop),
+    }
+
+
+def write_load(directory: pathlib.Path, records: list[dict[str, Any]], services: list[Service]) -> None:
+    """Writes record.json (one line per strategy), requests.jsonl and series.jsonl into `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    _replace(directory / "record.json", "".join(json.dumps(r) + "\n" for r in records))
+    requests, series = [], []
+    for record, service in zip(records, services, strict=True):
+        for one in service.served:
+            gaps = [b - a for a, b in itertools.pairwise(one.token_times)]
+            line = {
+                "strategy": record["strategy"],
+                "request": one.request.index,
+                "input_len": len(one.request.prompt),
+                "output_len": len(one.tokens),
+                "start_time": one.start,
+                "queue_time": one.queue,
+                "ttft": one.token_times[0] - one.start if one.token_times else None,
+                "itls": gaps,
+                "latency": one.token_times[-1] - one.start if one.token_times else None,
+                "output_tokens": one.tokens,
+                "finish_reason": one.reason,
+            }
+            requests.append(json.dumps(line) + "\n")
+        series += [json.dumps({"strategy": record["strategy"], **dataclasses.asdict(s)}) + "\n" for s in service.samples]
+    _replace(directory / "requests.jsonl", "".join(requests))
+    _replace(directory / "series.jsonl", "".join(series))
 
 
 def write(

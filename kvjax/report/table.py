@@ -12,10 +12,16 @@ Record = dict[str, Any]
 def show(records: Sequence[Record], console: Console) -> None:
     """Prints records side by side."""
     first = records[0]
-    title = (
-        f"{first['model_id']} ({first['dtype']}) on {first['device_kind']}: {first['num_prompts']} prompts of {first['input_len']} tokens, "
-    )
-    title += f"{first['output_len']} generated, batch {first['batch_size']}, seed {first['seed']}"
+    what = f"{first['num_prompts']} prompts of {first['input_len']} tokens, {first['output_len']} generated"
+    if "kv_memory_bytes" in first:
+        lengths = (
+            f"{first['total_input_tokens'] + first['total_output_tokens']} tokens" if first["workload"] in ("trace", "prompts") else what
+        )
+        how = "closed loop" if first["max_concurrency"] else f"{first['request_rate']} requests/s"
+        what = f"{lengths}, {how}, {first['kv_memory']} of KV memory"
+    else:
+        what += f", batch {first['batch_size']}"
+    title = f"{first['model_id']} ({first['dtype']}) on {first['device_kind']}: {what}, seed {first['seed']}"
     console.print(f"\n[bold]{title}[/bold]", highlight=False)
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
@@ -78,10 +84,39 @@ _SECTIONS: list[tuple[str, list[tuple[str, Callable[[Record], str]]]]] = [
             ("output throughput (tok/s)", _number("output_throughput", "{:.0f}")),
             ("total throughput (tok/s)", _number("total_token_throughput", "{:.0f}")),
             ("request throughput (req/s)", _number("request_throughput", "{:.2f}")),
+            ("goodput (req/s)", _number("request_goodput", "{:.2f}")),
             ("mean TTFT (ms)", _number("mean_ttft_ms", "{:.1f}")),
+            ("P99 TTFT (ms)", lambda r: _number("p99_ttft_ms", "{:.1f}")(r) if "steps" in r else ""),
             ("mean TPOT (ms)", _number("mean_tpot_ms", "{:.2f}")),
+            ("P99 TPOT (ms)", lambda r: _number("p99_tpot_ms", "{:.2f}")(r) if "steps" in r else ""),
             ("median ITL (ms)", _number("median_itl_ms", "{:.2f}")),
             ("P99 ITL (ms)", _number("p99_itl_ms", "{:.2f}")),
+            ("mean E2EL (ms)", lambda r: _number("mean_e2el_ms", "{:.1f}")(r) if "steps" in r else ""),
+            ("mean client queue (ms)", _number("mean_client_queue_time_ms", "{:.1f}")),
+        ],
+    ),
+    (
+        "requests",
+        [
+            ("completed", lambda r: _number("completed", "{:d}")(r) if "steps" in r else ""),
+            ("failed or refused", lambda r: _number("failed", "{:d}")(r) if "steps" in r else ""),
+            ("peak running", _number("peak_running", "{:d}")),
+            ("peak waiting", _number("peak_waiting", "{:d}")),
+            ("preemptions", _number("num_preemptions", "{:d}")),
+            ("prefix cache hits", _percent("prefix_cache_hit_rate")),
+        ],
+    ),
+    (
+        "KV memory of the engine",
+        [
+            ("allocated", _bytes("kv_memory_bytes")),
+            ("  pages", _bytes("kv_pool_bytes")),
+            ("  metadata", lambda r: _bytes("kv_metadata_bytes")(r) if r.get("kv_metadata_bytes") else ""),
+            ("  staging", lambda r: _bytes("kv_staging_bytes")(r) if r.get("kv_staging_bytes") else ""),
+            ("peak usage of pages", _percent("kv_usage_peak")),
+            ("mean usage of pages", _percent("kv_usage_mean")),
+            ("page fragmentation", _percent("kv_fragmentation_mean")),
+            ("held per token of context", _bytes("kv_bytes_per_token")),
         ],
     ),
     (
@@ -91,8 +126,11 @@ _SECTIONS: list[tuple[str, list[tuple[str, Callable[[Record], str]]]]] = [
             ("  live keys and values", _bytes("kv_device_live_bytes")),
             ("  metadata", _bytes("kv_device_metadata_bytes")),
             ("  empty", _bytes("kv_device_empty_bytes")),
-            ("  page fragmentation", lambda r: _bytes("kv_device_fragmentation_bytes")(r) if r["kv_device_fragmentation_bytes"] else ""),
-            ("host", lambda r: _bytes("kv_host_total_bytes")(r) if r["kv_host_total_bytes"] else ""),
+            (
+                "  page fragmentation",
+                lambda r: _bytes("kv_device_fragmentation_bytes")(r) if r.get("kv_device_fragmentation_bytes") else "",
+            ),
+            ("host", lambda r: _bytes("kv_host_total_bytes")(r) if r.get("kv_host_total_bytes") else ""),
             ("decode scratch", _bytes("kv_transient_bytes")),
             ("full cache would need", _bytes("kv_logical_bytes")),
             ("tokens kept", _percent("kept_fraction")),

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from kvjax.cache import CacheShape, KVState, Strategy
+from kvjax.cache import CacheShape, KVState, PageTable, Strategy
 from kvjax.cache.attention import NEG_INF
+from kvjax.cache.stores import page_table
 from kvjax.models.config import Rope
 from kvjax.models.decoder import rope_angles, rotate
 
@@ -86,7 +87,7 @@ def run(
     longest = int(lengths.max())
     chunk = chunk or longest
     whole = chunk >= longest
-    final = strategy.init(SHAPE, lengths, longest, max(steps, 1), fill)
+    final = _shuffled(strategy.init(SHAPE, lengths, longest, max(steps, 1), fill))
     kv = final if whole or bounded or strategy.policy.budget(1) is None else strategy.stage(SHAPE, lengths, longest, fill)
     pieces = []
     for start in range(0, longest, chunk):
@@ -159,13 +160,22 @@ def masked_attention(strategy: Strategy, tokens: Tokens, row: int, at: int, held
     return np.einsum("hgs,hsd->hgd", probs, values).reshape(-1, SHAPE.head_dim)
 
 
+def _shuffled(kv: KVState) -> KVState:
+    """The same empty state; a row's pages, if there are any, lie about the pool in no order."""
+    if not isinstance(kv.shared, PageTable):
+        return kv
+    pages = kv.shared.pages
+    order = np.random.default_rng(pages.size).permutation(pages.size).astype(np.int32)
+    return dataclasses.replace(kv, shared=page_table(jnp.asarray(order.reshape(pages.shape)), pages.size))
+
+
 def _poisoned(strategy: Strategy, kv: KVState) -> KVState:
     """The state with NaN keys wherever a slot holds no token."""
     layer = kv.layers[0]
-    capacity = strategy.store.capacity(layer.store)
+    capacity = strategy.store.capacity(layer.store, kv.shared)
     if layer.position is None:
         empty = np.arange(capacity) >= np.asarray(kv.length)[:, None, None]
     else:
         empty = np.asarray(layer.position) < 0
     empty = np.broadcast_to(empty, (kv.length.shape[0], SHAPE.num_kv_heads, capacity))
-    return kv.with_layer(0, dataclasses.replace(layer, store=strategy.store.poison(layer.store, jnp.asarray(empty))))
+    return kv.with_layer(0, dataclasses.replace(layer, store=strategy.store.poison(layer.store, kv.shared, jnp.asarray(empty))))

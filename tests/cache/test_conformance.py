@@ -40,66 +40,66 @@ def test_built_in_strategy_conforms(spec):
 class SlotBehind(DenseStore):
     """Writes every token one slot too early."""
 
-    def write(self, layer, slot, k, v, active):
-        return super().write(layer, jnp.maximum(slot - 1, 0), k, v, active)
+    def write(self, layer, shared, slot, k, v, active):
+        return super().write(layer, shared, jnp.maximum(slot - 1, 0), k, v, active)
 
 
 class HalfKeys(DenseStore):
     """Keeps half of a key's channels, so that products are no longer a matter of distance."""
 
-    def attend(self, layer, q, visible, readable):
+    def attend(self, layer, shared, q, *rest):
         half = jnp.arange(q.shape[-1]) < q.shape[-1] // 2
-        return super().attend(layer, jnp.where(half, q, 0), visible, readable)
+        return super().attend(layer, shared, jnp.where(half, q, 0), *rest)
 
 
 class AdditiveMask(DenseStore):
     """Adds the mask to the logits, where NaN stays NaN."""
 
-    def attend(self, layer, q, visible, readable):
+    def attend(self, layer, shared, q, visible, readable, group_mass):
         batch, heads, dim = q.shape
         kv_heads = layer.k.shape[0] // batch
         logits = jnp.einsum("ngd,nds->ngs", q.reshape(batch * kv_heads, -1, dim) * dim**-0.5, layer.k)
         logits = logits.reshape(batch, kv_heads, *logits.shape[1:]) + jnp.where(visible, 0, NEG_INF)[:, :, None]
         probs = jax.nn.softmax(logits, axis=-1)
         out = jnp.einsum("ngs,nsd->ngd", probs.reshape(batch * kv_heads, *probs.shape[2:]), layer.v)
-        return out.reshape(batch, heads, dim), probs, jnp.ones(probs.shape[:-1])
+        return out.reshape(batch, heads, dim), None
 
 
 class WritesEveryone(DenseStore):
     """Writes the rows that are not active too."""
 
-    def write(self, layer, slot, k, v, active):
-        return super().write(layer, slot, k, v, jnp.ones_like(active))
+    def write(self, layer, shared, slot, k, v, active):
+        return super().write(layer, shared, slot, k, v, jnp.ones_like(active))
 
 
 class Growing(DenseStore):
     """Takes a new slot for every token, by concatenation."""
 
-    def write(self, layer, slot, k, v, active):
+    def write(self, layer, shared, slot, k, v, active):
         longer = dataclasses.replace(layer, k=jnp.pad(layer.k, ((0, 0), (0, 0), (0, 1))), v=jnp.pad(layer.v, ((0, 0), (0, 1), (0, 0))))
-        return super().write(longer, slot, k, v, active)
+        return super().write(longer, shared, slot, k, v, active)
 
-    def attend(self, layer, q, visible, readable):
-        return super().attend(layer, q, jnp.pad(visible, ((0, 0), (0, 0), (0, self.capacity(layer) - visible.shape[-1]))), readable)
+    def attend(self, layer, shared, q, visible, *rest):
+        spare = self.capacity(layer, shared) - visible.shape[-1]
+        return super().attend(layer, shared, q, jnp.pad(visible, ((0, 0), (0, 0), (0, spare))), *rest)
 
 
 class RepeatsHeads(DenseStore):
     """Repeats the keys and values for every query head before attending."""
 
-    def attend(self, layer, q, visible, readable):
+    def attend(self, layer, shared, q, visible, *rest):
         batch, heads, _ = q.shape
         group = batch * heads // layer.k.shape[0]
         visible = jnp.broadcast_to(visible, (batch, heads, visible.shape[-1]))
         repeated = dataclasses.replace(layer, k=jnp.repeat(layer.k, group, axis=0), v=jnp.repeat(layer.v, group, axis=0))
-        out, weights, scale = super().attend(repeated, q, visible, readable)
-        return out, weights.reshape(batch, heads // group, group, -1), scale.reshape(batch, heads // group, group)
+        return super().attend(repeated, shared, q, visible, *rest)
 
 
 class ShrugsAtOneToken(DenseStore):
     """Does not store a prompt of a single token."""
 
-    def fill_selected(self, layer, k, v, index):
-        return super().fill_selected(layer, jnp.zeros_like(k) if k.shape[1] == 1 else k, v, index)
+    def fill_selected(self, layer, shared, k, *rest):
+        return super().fill_selected(layer, shared, jnp.zeros_like(k) if k.shape[1] == 1 else k, *rest)
 
 
 class Understates(DenseStore):

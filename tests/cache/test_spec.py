@@ -2,7 +2,20 @@
 
 import pytest
 
-from kvjax.cache import H2O, Full, OracleTopK, Strategy, Streaming, parse_policy, parse_strategy, split_specs
+from kvjax.cache import (
+    H2O,
+    POLICIES,
+    STORES,
+    DenseStore,
+    Full,
+    OracleTopK,
+    PagedStore,
+    Strategy,
+    Streaming,
+    parse_policy,
+    parse_strategy,
+    split_specs,
+)
 from kvjax.errors import KvjaxError, SpecError
 
 MEANINGS = [
@@ -84,8 +97,70 @@ def test_refused_in_one_line(spec, message):
 
 
 def test_unknown_store():
-    with pytest.raises(SpecError, match="unknown store 'cloud'; choose from dense"):
+    with pytest.raises(SpecError, match=r"unknown store 'cloud'; choose from dense, paged$"):
         parse_strategy("full", "cloud")
+
+
+@pytest.mark.parametrize(
+    ("spec", "store", "strategy"),
+    [
+        ("full", None, Strategy(Full(), DenseStore())),
+        ("full", "paged", Strategy(Full(), PagedStore())),
+        ("full+dense", None, Strategy(Full(), DenseStore())),
+        ("full+dense", "paged", Strategy(Full(), DenseStore())),
+        ("full+paged", "dense", Strategy(Full(), PagedStore())),
+        (" h2o(heavy=8, recent=8)+paged ", None, Strategy(H2O(8, 8), PagedStore())),
+        ("kvjax.cache:H2O(heavy=8,recent=8)+paged", None, Strategy(H2O(8, 8), PagedStore())),
+        ("vllm", None, Strategy(Full(), PagedStore())),
+        ("vllm", "paged", Strategy(Full(), PagedStore())),
+        ("vllm+paged", None, Strategy(Full(), PagedStore())),
+    ],
+)
+def test_store_of_a_spec(spec, store, strategy):
+    assert parse_strategy(spec, store) == strategy
+
+
+@pytest.mark.parametrize(("spec", "store"), [("vllm", "dense"), ("vllm+dense", None), (" vllm+dense", "paged")])
+def test_alias_contradicted_by_a_store(spec, store):
+    with pytest.raises(SpecError, match=r"means full in the paged store; for full in another store write full\+dense$"):
+        parse_strategy(spec, store)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("full+cloud", r"cannot read strategy 'full\+cloud'"),
+        ("full+", r"cannot read strategy 'full\+'"),
+        ("+paged", "cannot read strategy ''"),
+        ("full+paged+paged", r"cannot read strategy 'full\+paged'"),
+        ("h3o+paged", "unknown strategy 'h3o'; choose from full, streaming, h2o, oracle_topk, vllm"),
+    ],
+)
+def test_store_that_does_not_exist_after_a_plus(spec, message):
+    with pytest.raises(SpecError, match=message):
+        parse_strategy(spec)
+
+
+def test_page_size():
+    assert parse_strategy("vllm", page_size=16).store == PagedStore(16)
+    assert parse_strategy("h2o+paged", page_size=128).store == PagedStore(128)
+    assert parse_strategy("full", "paged", page_size=16).store == PagedStore(16)
+    assert parse_strategy("full", page_size=16).store == DenseStore()
+    with pytest.raises(SpecError, match="page_size=0: a page holds at least one slot"):
+        parse_strategy("vllm", page_size=0)
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_description_names_policy_and_store(policy, store):
+    strategy = Strategy(POLICIES[policy](), STORES[store]())
+    assert parse_strategy(strategy.describe()) == strategy
+
+
+def test_description_leaves_out_the_default_store_and_prefers_an_alias():
+    assert Strategy(H2O(8, 8), DenseStore()).describe() == "h2o(heavy=8,recent=8)"
+    assert Strategy(H2O(8, 8), PagedStore()).describe() == "h2o(heavy=8,recent=8)+paged"
+    assert Strategy(Full(), PagedStore()).describe() == "vllm"
 
 
 @pytest.mark.parametrize(
@@ -93,6 +168,7 @@ def test_unknown_store():
     [
         ("full", ["full"]),
         ("full, h2o(heavy=8,recent=8) ,streaming", ["full", "h2o(heavy=8,recent=8)", "streaming"]),
+        ("vllm,h2o(heavy=8,recent=8)+paged,full+dense", ["vllm", "h2o(heavy=8,recent=8)+paged", "full+dense"]),
         (",full,,", ["full"]),
         ("", []),
     ],

@@ -55,6 +55,11 @@ class Policy:
         return True
 
     @property
+    def exact(self) -> bool:
+        """Whether every query sees every token before it, so that the state is a function of the tokens, however they were fed."""
+        return self.budget(1) is None and type(self).readable is Policy.readable
+
+    @property
     def keeps_score(self) -> bool:
         """Whether slots carry a statistic: when mass is observed or tokens start with a score of their own."""
         return self.observes or type(self).initial_score is not Policy.initial_score

@@ -1,0 +1,95 @@
+"""How one memory limit is spent: pages, rows of metadata, the staging row."""
+
+import dataclasses
+import re
+
+import jax.numpy as jnp
+
+from kvjax.cache import CacheShape, DenseStore, PagedStore, Strategy
+from kvjax.engine.scheduler import Need
+from kvjax.errors import InputError, SpecError
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What fits into a memory limit; sizes in bytes.
+
+    Attributes:
+      page: one page, all layers.
+      row: one row's metadata (positions, scores, next slots), all layers.
+      staging: where a prompt stands that is compressed once it is complete; 0 for policies that keep everything.
+    """
+
+    num_pages: int
+    rows: int
+    page: int
+    row: int
+    staging: int
+
+    @property
+    def total(self) -> int:
+        return self.num_pages * self.page + self.rows * self.row + self.staging
+
+
+def parse_memory(text: str | int) -> int:
+    """Bytes: 67108864, "64MiB", "1.5GB". Raises SpecError."""
+    if isinstance(text, int):
+        found, unit = float(text), ""
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+        if match is None or match[2] not in UNITS:
+            raise SpecError(
+                f"cannot read {text!r} as an amount of memory; write bytes, or a number and one of {', '.join(filter(None, UNITS))}"
+            )
+        found, unit = float(match[1]), match[2]
+    size = int(found * UNITS[unit])
+    if size <= 0:
+        raise SpecError(f"{text!r} of memory holds nothing; give more, for example 64MiB")
+    return size
+
+
+def serving_strategy(strategy: Strategy, max_model_len: int, extents: int) -> tuple[Strategy, bool]:
+    """The strategy over the pool of an engine, and whether requests are contiguous.
+
+    A dense store becomes a pool whose pages are as long as the longest request: one page, reserved whole, for each.
+    """
+    if isinstance(strategy.store, PagedStore):
+        return Strategy(strategy.policy, dataclasses.replace(strategy.store, extents=extents)), False
+    if not isinstance(strategy.store, DenseStore):
+        raise SpecError(f"{strategy.describe()}: the engine serves the dense and the paged store")
+    capacity = Need(Strategy(strategy.policy, PagedStore(1)), max_model_len, True).capacity
+    return Strategy(strategy.policy, PagedStore(capacity, extents)), True
+
+
+def staged_slots(max_model_len: int) -> int:
+    """Slots of the staging row: the longest prompt, which leaves one token to generate, rounded up."""
+    return -(-max(max_model_len - 1, 1) // 128) * 128
+
+
+def spend(need: Need, shape: CacheShape, memory: int, max_num_seqs: int) -> Budget:
+    """Rows and pages for `memory` bytes. Raises InputError when not even one request of the greatest length fits."""
+    policy, store = need.strategy.policy, need.strategy.store
+    assert isinstance(store, PagedStore)
+    item = jnp.dtype(shape.dtype).itemsize
+    slot = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * item
+    page = slot * store.page_size
+    heads = shape.num_kv_heads if policy.per_head else 1
+    widest = need.pages(need.capacity)
+    row = staging = 0
+    if need.stages:
+        per_slot = 4 + (4 if policy.keeps_score else 0)
+        row = shape.num_layers * heads * (widest * store.page_size * per_slot + 4)
+        staging = staged_slots(need.max_model_len) * (slot + shape.num_layers * shape.num_kv_heads * 4 * policy.keeps_score)
+    least = staging + row + widest * page
+    if memory < least:
+        raise InputError(
+            f"kv_memory of {memory} bytes is too small for {need.strategy.policy.describe()}: one request of "
+            f"max_model_len={need.max_model_len} takes {least} bytes ({widest} pages of {page}, {row} of metadata, {staging} to stage "
+            "prompts); give more memory or a smaller max_model_len"
+        )
+    rows = max_num_seqs
+    while rows > 1 and (memory - staging - rows * row) // page < max(rows, widest):
+        rows -= 1
+    return Budget((memory - staging - rows * row) // page, rows, page, row, staging)

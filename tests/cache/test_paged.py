@@ -1,0 +1,284 @@
+"""The paged store: the conformance kit over it, pages with several readers, prompts in chunks, extents, and its bytes in the ledger."""
+
+import dataclasses
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvjax.cache import H2O, Full, KVState, OracleTopK, PagedStore, Policy, Strategy, Streaming, ledger
+from kvjax.cache.attention import causal_attention
+from kvjax.cache.ledger import Tier
+from kvjax.cache.stores import page_table, paged
+from kvjax.cache.stores.paged import extent_sizes
+from kvjax.errors import SpecError
+from kvjax.testing import CHECKS, check_strategy
+from kvjax.testing.driver import SHAPE, Tokens, decode_call, random_tokens, run
+
+TOLERANCE = 2e-5
+HEADS = SHAPE.num_kv_heads
+TOKEN = 2 * SHAPE.head_dim * 4  # bytes of one token in one kv head
+FULL, STREAMING, HEAVY, TOP = Full(), Streaming(sinks=4, window=12), H2O(heavy=8, recent=8), OracleTopK(6)
+
+# --------------------------------------------------------------------------------------------------------------------- conformance
+
+ALL = tuple(CHECKS)
+# Small pages in several extents are not asked for donation: a step's partial results of all pages are scratch that outgrows the limit.
+DONATION = "donation_leaves_no_copy"
+QUICK = tuple(check for check in CHECKS if check != DONATION)  # it compiles four programs
+LAYOUT = ("equals_masked_full_attention", "bounded_chunks_stay_bounded", "unused_memory_never_leaks")
+CASES: list[tuple[Policy, PagedStore, tuple[str, ...]]] = [
+    (FULL, PagedStore(16), ALL),
+    (HEAVY, PagedStore(16), ALL),
+    (STREAMING, PagedStore(16), LAYOUT),
+    (TOP, PagedStore(16), QUICK),
+    *((policy, PagedStore(8, extents=3), LAYOUT) for policy in (FULL, HEAVY, TOP)),
+    *((policy, PagedStore(64, extents=3), ("equals_masked_full_attention", DONATION)) for policy in (FULL, HEAVY)),
+    (TOP, PagedStore(64, extents=3), ("equals_masked_full_attention",)),
+]
+KEEPS_EVERYTHING = {"budget_holds_and_nothing_returns", "protected_survive_ties", "bounded_chunks_stay_bounded"}
+
+
+@pytest.mark.parametrize(("policy", "store", "checks"), CASES, ids=[f"{p.describe()}-{s.page_size}x{s.extents}" for p, s, _ in CASES])
+def test_built_in_policy_conforms(policy, store, checks):
+    report = check_strategy(policy, store, checks=checks)
+    assert [outcome.name for outcome in report.outcomes] == list(checks)
+    skipped = {outcome.name for outcome in report.outcomes if outcome.skipped}
+    assert skipped == (KEEPS_EVERYTHING & set(checks) if policy.budget(1) is None else set())
+
+
+# -------------------------------------------------------------------------------------------------------------------- shared pages
+
+
+@pytest.mark.parametrize("extents", [1, 3])
+@pytest.mark.parametrize("readers", [2, 5])
+@pytest.mark.parametrize("policy", [FULL, TOP], ids=lambda policy: policy.describe())
+def test_rows_that_share_pages_decode_as_if_they_were_alone(policy, readers, extents):
+    """Rows of one prefix, among them one that shares only its first page, between a row of its own and a seat without pages."""
+    size, prefix, steps = 8, 3, 12
+    rng = np.random.default_rng(readers)
+    store = PagedStore(size, extents)
+    strategy = Strategy(policy, store)
+    lengths = np.array([21, *(24 + np.arange(readers) * 5)[::-1], 13, 0], np.int32)  # the last reader's prompt is the prefix itself
+    shares = np.array([0, *[prefix] * readers, 1, 0])
+    batch = len(lengths)
+    at = np.arange(int(lengths.max()) + steps)
+    tokens = random_tokens(rng, batch, len(at))
+    same = (at < shares[:, None] * size)[..., None, None]
+    tokens = Tokens(*(np.where(same, x[1], x) for x in (tokens.q, tokens.k, tokens.v)))
+
+    kv = strategy.init(SHAPE, lengths, int(lengths.max()), steps, fill=np.nan)
+    num_pages, most = kv.shared.owner.shape[0], kv.shared.pages.shape[1]
+    free = list(rng.permutation(num_pages))
+    table = np.full((batch, most), num_pages, np.int32)
+    table[1, :prefix] = [free.pop() for _ in range(prefix)]
+    for row in range(batch - 1):
+        table[row, : shares[row]] = table[1, : shares[row]]
+        own = range(shares[row], store.pages_of(int(lengths[row]) + steps))
+        table[row, own] = [free.pop() for _ in own]
+    assert free
+    kv = dataclasses.replace(kv, shared=page_table(jnp.asarray(table), num_pages), length=jnp.asarray(lengths))
+
+    fresh = (at < lengths[:, None]) & (at >= np.where(np.arange(batch) == 1, 0, shares * size)[:, None])  # row 1 writes what is shared
+    layer = kv.layers[0]
+    filled = store.write_chunk(layer.store, kv.shared, jnp.zeros(batch, jnp.int32), tokens.k, tokens.v, jnp.asarray(fresh))
+    filled = store.poison(filled, kv.shared, jnp.zeros((batch, HEADS, most * size), bool))
+    kv = kv.with_layer(0, dataclasses.replace(layer, store=filled))
+
+    active = lengths > 0
+    alone = run(Strategy(policy), tokens.rows(active), lengths[active], steps).outs
+    for step in range(steps):
+        now = np.where(active, lengths + step, 0)
+        q, k, v = (x[np.arange(batch), now][:, None] for x in (tokens.q, tokens.k, tokens.v))
+        out, kv = decode_call(strategy, kv, q, k, v, active)
+        assert np.isfinite(out).all()
+        np.testing.assert_allclose(out[active, 0], alone[:, step], atol=TOLERANCE, rtol=0, err_msg=f"step {step}")
+
+
+# -------------------------------------------------------------------------------------------------------------- prompts in chunks
+
+
+@pytest.mark.parametrize(("page_size", "extents"), [(8, 1), (8, 3), (24, 1), (150, 1), (150, 3)])
+@pytest.mark.parametrize(
+    ("starts", "sizes"),
+    [((0, 5, 64, 297), (24, 24, 24, 24)), ((8, 128, 0, 289), (24, 1, 7, 0)), ((63, 127, 255, 376), (2, 24, 8, 24))],
+    ids=["anywhere", "ragged", "at the ends of pages and turns"],
+)
+def test_attention_of_a_chunk_is_causal_attention(starts, sizes, extents, page_size):
+    """Chunks that begin anywhere, over more slots than are read at a time; keys of slots not written yet are NaN."""
+    size, longest = 24, 400
+    assert longest > 3 * paged.SLOTS_AT_A_TIME
+    starts, sizes = np.array(starts, np.int32), np.array(sizes)
+    rng = np.random.default_rng(0)
+    store = PagedStore(page_size, extents)
+    tokens = random_tokens(rng, len(starts), longest)
+    layer = store.init(SHAPE, len(starts), longest, fill=np.nan)
+    pages = store.share(len(starts), longest).pages
+    shared = page_table(jnp.asarray(rng.permutation(pages.size).astype(np.int32).reshape(pages.shape)), pages.size)
+
+    layer = store.fill(layer, shared, tokens.k, tokens.v, np.arange(longest) < starts[:, None])
+    valid = np.arange(size) < sizes[:, None]
+    at = np.minimum(starts[:, None] + np.arange(size), longest - 1)
+    q, k, v = (x[np.arange(len(starts))[:, None], at] for x in (tokens.q, tokens.k, tokens.v))
+    layer = store.write_chunk(layer, shared, starts, k, v, valid)
+    out, mass = chunk_call(store, layer, shared, q, starts, valid)
+    want = np.asarray(causal_attention(tokens.q, tokens.k, tokens.v))
+    assert mass is None
+    for row, (start, count) in enumerate(zip(starts, sizes, strict=True)):
+        np.testing.assert_allclose(out[row, :count], want[row, start : start + count], atol=TOLERANCE, rtol=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def chunk_call(store, layer, shared, q, length, valid):
+    return store.attend_chunk(layer, shared, q, length, valid, None, None)
+
+
+# ------------------------------------------------------------------------------------------------------------ tables and extents
+
+
+@pytest.mark.parametrize(
+    ("num_pages", "extents", "sizes"),
+    [
+        (10, 1, (10,)),
+        (64, 3, (16, 16, 32)),
+        (67, 3, (16, 17, 34)),
+        (64, 4, (8, 8, 16, 32)),
+        (63, 4, (7, 8, 16, 32)),
+        (5, 4, (1, 1, 3)),
+        (3, 3, (1, 2)),
+        (1, 3, (1,)),
+        (1, 1, (1,)),
+    ],
+)
+def test_extent_sizes(num_pages, extents, sizes):
+    assert extent_sizes(num_pages, extents) == sizes
+
+
+def test_extents_make_up_the_pool():
+    for extents in range(1, 6):
+        for num_pages in (*range(1, 10), 16, 33, 100, 1000):
+            sizes = extent_sizes(num_pages, extents)
+            assert sum(sizes) == num_pages
+            assert min(sizes) > 0
+            assert len(sizes) == extents if num_pages >= 2 ** (extents - 1) else len(sizes) < extents
+            assert all(sizes[i] >= sum(sizes[:i]) for i in range(1, len(sizes)))
+            pool = jax.eval_shape(partial(PagedStore(4, extents).pool, SHAPE, num_pages))
+            assert [part.shape[0] for part in pool.k] == [part.shape[0] for part in pool.v] == list(sizes)
+            assert pool.extents == [(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+
+
+def test_page_table():
+    table = page_table(jnp.array([[3, 0, 6], [3, 5, 1], [6, 6, 6], [5, 6, 6]], jnp.int32), 6)
+    assert table.owner.tolist() == [0, 1, 4, 0, 4, 1]
+    assert [int(table.index[page]) for page in (0, 1, 3, 5)] == [1, 2, 0, 1]
+    assert table.present.tolist() == [[True, True, False], [True, True, True], [False] * 3, [True, False, False]]
+    assert table.owned.tolist() == [[True, True, False], [False, True, True], [False] * 3, [False] * 3]
+    of_row = table.to_pages(jnp.arange(12).reshape(4, 3))
+    assert [int(of_row[page]) for page in (0, 1, 3, 5)] == [1, 5, 0, 4]
+
+
+def test_page_table_knows_any_id_beyond_the_pool_as_no_page():
+    table = page_table(jnp.array([[1, 2, 99]], jnp.int32), 2)
+    assert table.present.tolist() == [[True, False, False]]
+    assert table.owner.tolist() == [1, 0]
+
+
+def test_page_without_slots_is_refused():
+    with pytest.raises(SpecError, match="page_size=0: a page holds at least one slot; 8 to 128 are usual"):
+        PagedStore(0)
+
+
+# -------------------------------------------------------------------------------------------------------- extents that are not read
+
+
+def pool_of(pages: list[list[int]], extents: int, num_pages: int = 64) -> tuple[Strategy, KVState, Tokens]:
+    """Full-cache rows of 20 tokens in these pages of 8 slots."""
+    store = PagedStore(8, extents)
+    tokens = random_tokens(np.random.default_rng(1), len(pages), 21)
+    lengths = np.full(len(pages), 20, np.int32)
+    shared = page_table(jnp.asarray(pages, jnp.int32), num_pages)
+    layer = store.fill(store.pool(SHAPE, num_pages), shared, tokens.k, tokens.v, jnp.asarray(np.arange(21) < lengths[:, None]))
+    kv = Strategy(FULL, store).init(SHAPE, lengths, 20, 4)
+    kv = dataclasses.replace(kv.with_layer(0, dataclasses.replace(kv.layers[0], store=layer)), shared=shared, length=jnp.asarray(lengths))
+    return Strategy(FULL, store), kv, tokens
+
+
+def decode(strategy: Strategy, kv: KVState, tokens: Tokens):
+    q, k, v = (jnp.asarray(x[:, 20:]) for x in (tokens.q, tokens.k, tokens.v))
+    return jax.jit(lambda kv: strategy.decode(kv.layers[0], q, k, v, kv, jnp.ones(tokens.batch, bool))[0]).lower(kv)
+
+
+@pytest.mark.parametrize(
+    ("pages", "read"),
+    [
+        ([[3, 2, 1]], [16]),
+        ([[4, 5, 18]], [16, 16]),
+        ([[0, 1, 2], [40, 7, 4]], [16, 16, 32]),
+    ],
+)
+def test_extents_behind_the_last_page_in_use_are_not_read(monkeypatch, pages, read):
+    """Nor is what stands in an extent before it that has no page in use of any consequence."""
+    strategy, kv, tokens = pool_of(pages, extents=3)
+    want = decode(strategy, kv, tokens).compile()(kv)
+    store = kv.layers[0].store
+    in_use = [bool(np.isin(pages, range(start, end)).any()) for start, end in store.extents]
+    k, v = (tuple(x if used else jnp.full_like(x, jnp.nan) for x, used in zip(parts, in_use, strict=True)) for parts in (store.k, store.v))
+    kv = kv.with_layer(0, dataclasses.replace(kv.layers[0], store=paged.PagedLayer(k, v)))
+
+    visited = []
+    attend_pages = paged._attend_pages
+
+    def watched(query, k, *rest):
+        jax.debug.callback(lambda: visited.append(k.shape[0]))
+        return attend_pages(query, k, *rest)
+
+    monkeypatch.setattr(paged, "_attend_pages", watched)
+    out = decode(strategy, kv, tokens).compile()(kv)
+    jax.effects_barrier()
+    assert sorted(visited) == read
+    assert np.isfinite(want).all()
+    np.testing.assert_array_equal(out, want)
+
+
+def test_compiled_program_has_a_branch_for_every_extent():
+    """Nothing above shows what XLA makes of it: computing all branches and choosing afterwards would read everything."""
+    branches = {}
+    for extents in (1, 3):
+        text = decode(*pool_of([[0, 1, 2]], extents)).compile().as_text()
+        branches[extents] = [line.count("%") for line in re.findall(r"branch_computations={([^}]*)}", text)]
+    assert 3 in branches[3]
+    assert 3 not in branches[1]
+
+
+# ------------------------------------------------------------------------------------------------------------------------ the ledger
+
+
+def books(policy: Policy, store: PagedStore, lengths: list[int], steps: int):
+    strategy = Strategy(policy, store)
+    tokens = random_tokens(np.random.default_rng(0), len(lengths), max(lengths) + steps)
+    return ledger(strategy, run(strategy, tokens, np.array(lengths), steps).states[-1])
+
+
+def test_ledger_of_the_full_cache():
+    found = books(FULL, PagedStore(16), [20, 12], 4)  # 24 and 16 tokens in 2 and 1 of 2 pages each
+    table = (4 + 4 + 4) * 4  # page ids, owners, indices
+    slot = HEADS * TOKEN
+    assert found.device == Tier(live=(24 + 16) * slot, metadata=2 * 2 * 4 + table, empty=16 * slot, fragmentation=8 * slot)
+    assert found.host == Tier()
+    assert found.logical == found.device.live
+    assert found.bytes_read_per_token == 2 * 16 * slot
+
+
+def test_ledger_of_h2o():
+    found = books(H2O(heavy=3, recent=4), PagedStore(5), [20, 2], 1)  # 8 slots in 2 pages each; 7 tokens in both, 3 in the first
+    table = (4 + 4 + 4) * 4
+    slot = HEADS * TOKEN
+    positions_scores_next = 2 * HEADS * (10 * 4 + 10 * 4 + 4)
+    assert found.device == Tier(
+        live=(7 + 3) * slot, metadata=positions_scores_next + 2 * 2 * 4 + table, empty=5 * slot, fragmentation=(3 + 2) * slot
+    )
+    assert found.logical == (21 + 3) * slot
+    assert found.kept_fraction == 10 / 24
