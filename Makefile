@@ -10,7 +10,7 @@ run: environment  ## compare four strategies on the bundled model
 	$(BIN)/python -m kvjax.run --compare=full,streaming,h2o,oracle_topk
 
 test: environment  ## every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
 
 lint: environment  ## style, format, types
 	$(BIN)/ruff check .

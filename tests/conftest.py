@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from kvjax.models import BUNDLED, PRESETS, Model, ModelConfig, parameters
@@ -18,6 +19,13 @@ OPT = dataclasses.replace(
 
 def random_model(config: ModelConfig, tokenizer=None) -> Model:
     return Model(config, parameters.random(config), tokenizer)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs():
+    """Drops a module's compiled programs behind it: each takes several memory maps, and a process may have 65,530 of them."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
