@@ -162,7 +162,7 @@ def test_an_engine_that_fails_drops_out_and_the_others_go_on():
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/stat").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("timed", [os.getpid(), -1])
+@pytest.mark.parametrize("timed", [os.getpid(), -1], ids=["itself", "nobody"])
 def test_a_watch_counts_every_process_but_the_timed_one_as_another(timed):
     with machine.Watch(timed) as seen:
         end = time.perf_counter() + 0.1
