@@ -7,14 +7,30 @@ The front door:
     kvjax.score(model, token_ids, prompt_len=512, strategy="streaming(sinks=4,window=252)")
 """
 
-from kvjax.cache import DenseStore, PagedStore, Policy, Slots, Strategy, parse_strategy
+from typing import TYPE_CHECKING
+
+from kvjax.cache import DenseStore, HostStore, PagedStore, Policy, Slots, Strategy, parse_strategy
 from kvjax.engine.engine import Engine
 from kvjax.errors import InputError, KvjaxError, ModelError, SpecError
 from kvjax.generation import Generation, PrefillPlan, generate, score, stream
 from kvjax.models import Model, load_model
 from kvjax.sampling import Sampling
 
+if TYPE_CHECKING:
+    from kvjax.calibrate import calibrated
+
+
+def __getattr__(name: str):
+    """`calibrated` comes on demand: kvjax.calibrate is a program too, and a program should not be imported before it runs."""
+    if name == "calibrated":
+        from kvjax.calibrate import calibrated
+
+        return calibrated
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
-    "DenseStore", "Engine", "Generation", "InputError", "KvjaxError", "Model", "ModelError", "PagedStore", "Policy", "PrefillPlan",
-    "Sampling", "Slots", "SpecError", "Strategy", "generate", "load_model", "parse_strategy", "score", "stream",
+    "DenseStore", "Engine", "Generation", "HostStore", "InputError", "KvjaxError", "Model", "ModelError", "PagedStore", "Policy",
+    "PrefillPlan", "Sampling", "Slots", "SpecError", "Strategy", "calibrated", "generate", "load_model", "parse_strategy",
+    "score", "stream",
 ]  # fmt: skip

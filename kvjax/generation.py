@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.cache import CacheShape, Decode, KVState, Ledger, Prefill, Strategy, ledger, parse_strategy
 from kvjax.errors import InputError, SpecError
 from kvjax.models import Decoder, Model
+from kvjax.models.guide import Guide, guides
 from kvjax.sampling import Sampling
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray
@@ -240,7 +241,7 @@ def run_prefill(
     allocate = partial(strategy.init, shape, lengths, longest, max_new)
     if plan.chunk is None or plan.chunk >= longest:
         return _prefill(model.decoder, model.params, jnp.asarray(tokens), allocate(), Prefill(jnp.asarray(lengths), strategy))
-    staged = plan.mode == "faithful" and strategy.policy.budget(1) is not None
+    staged = plan.mode == "faithful" and strategy.policy.kept_tokens(1) is not None
     kv = strategy.stage(shape, lengths, longest) if staged else allocate()
     logits = jnp.zeros((len(lengths), model.config.vocab_size), jnp.float32)
     for start in range(0, longest, plan.chunk):
@@ -250,7 +251,7 @@ def run_prefill(
         fresh, kv = _prefill(model.decoder, model.params, jnp.asarray(piece), kv, step)
         ends_here = (lengths > start) & (lengths <= start + plan.chunk)
         logits = jnp.where(ends_here[:, None], fresh, logits)
-    return logits, _settle(strategy, kv, allocate()) if staged else kv
+    return logits, _settle(strategy, kv, allocate(), guides(model.params, shape.num_layers)) if staged else kv
 
 
 def apply(decoder: Decoder, params, tokens, kv: KVState, step: Prefill | Decode) -> tuple[Float[Array, "B T V"], KVState]:
@@ -266,8 +267,8 @@ def _prefill(decoder: Decoder, params, tokens, kv: KVState, step: Prefill):
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _settle(strategy: Strategy, staged: KVState, empty: KVState) -> KVState:
-    return strategy.settle(staged, empty)
+def _settle(strategy: Strategy, staged: KVState, empty: KVState, guides: tuple[Guide, ...]) -> KVState:
+    return strategy.settle(staged, empty, guides)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -307,6 +308,9 @@ def decode_steps(
         token = jnp.where(active, chosen, token)
         return (kv, token, left_after(remaining, token, stops)), jnp.where(active, token, -1)
 
+    if steps == 1:  # no loop around a host store: XLA does not move host memory through loops everywhere
+        carry, out = one((kv, token, remaining), None)
+        return *carry, out[:, None]
     (kv, token, remaining), out = jax.lax.scan(one, (kv, token, remaining), None, length=steps)
     return kv, token, remaining, out.T
 
@@ -315,7 +319,7 @@ def decode_program(model: Model, strategy: Strategy, sampling: Sampling, kv: KVS
     """The compiled decode program for states like `kv`: its memory analysis, its text. Takes shapes alone, so `kv` may be in use."""
     batch = kv.length.shape[0]
     row = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), kv)
+    abstract = jax.tree.map(jax.typeof, kv)  # which tells host memory from the device's
     return decode_steps.lower(model.decoder, strategy, sampling, (), steps, model.params, abstract, row, row, row).compile()
 
 

@@ -17,6 +17,9 @@ A strategy is a name, or a name with arguments. An int is tokens, a float is a f
     h2o(heavy=0.1,recent=0.1)         heavy hitters and recent tokens; also decode=False, group=first|max
     oracle_topk(k=0.2)                keeps all, reads the exact top k: the upper bound
     h2o+paged                         any of them in the paged store; or --store=paged for all that name none
+    offload                           everything in host memory, fetched whole layer by layer: full+host
+    infinigen(alpha=4,partial=0.3,budget=0.2)
+                                      everything in host memory; guesses one layer ahead which tokens matter and fetches those
 
 The default model ships with kvjax. Its prompts state facts, put Python source between them and ask for the facts afterwards, so the table
 shows directly what a strategy forgets.
@@ -32,11 +35,14 @@ from typing import Any, NoReturn
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import jax
 from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvjax.cache import STORES, Full, Strategy, parse_strategy, split_specs
+from kvjax import calibrate
+from kvjax.cache import STORES, DenseStore, Full, PagedStore, Strategy, parse_strategy, split_specs
+from kvjax.cache.stores import TRANSFERS, HostStore
 from kvjax.engine import load, metrics, offline, serve
 from kvjax.engine.engine import Engine
 from kvjax.errors import InputError, KvjaxError, SpecError
@@ -65,6 +71,13 @@ def define_flags() -> None:
     flags.DEFINE_string("compare", None, "Several strategies, separated by commas, side by side in one table; replaces --strategy.")
     flags.DEFINE_string("budget", None, "Tokens (an int) or fraction of the prompt (a float) each strategy may keep or read in total.")
     flags.DEFINE_enum("store", None, list(STORES), "Where the cache's bytes live, for strategies that do not say it; default: dense.")
+    flags.DEFINE_enum(
+        "transfer", None, TRANSFERS,
+        "How tokens come from the host store: jit (the program gathers), driven (the host does, layer by layer; offline only), device (the "
+        "pool is device memory, the upper bound); default: jit.",
+    )  # fmt: skip
+    flags.DEFINE_string("calibration", None, "What kvjax.calibrate wrote, for infinigen; default: calibrate now.")
+    flags.DEFINE_float("link_gbps", None, "Also estimate the transfer time at this link speed, in GB/s (modelled).", lower_bound=0.001)
     flags.DEFINE_integer("page_size", None, "Slots of a page in the paged store; default: 64.", lower_bound=1)
     flags.DEFINE_string("model", "kvjax-4m", "A bundled model, a preset (with --random_weights), or a Hugging Face or orbax directory.")
     flags.DEFINE_bool("random_weights", False, "Random weights: speed and bytes are real, what the model says is not.")
@@ -123,7 +136,7 @@ def strategies() -> list[Strategy]:
     specs = split_specs(FLAGS.strategy if FLAGS.compare is None else FLAGS.compare)
     if not specs:
         raise SpecError("no strategy given; name at least one, for example --strategy=h2o")
-    chosen = [parse_strategy(spec, FLAGS.store, FLAGS.page_size) for spec in specs]
+    chosen = [parse_strategy(spec, FLAGS.store, FLAGS.page_size, FLAGS.transfer) for spec in specs]
     if (budget := parse_budget(FLAGS.budget)) is not None:
         chosen = [Strategy(s.policy.with_budget(budget), s.store) for s in chosen]
     names = [s.describe() for s in chosen]
@@ -155,7 +168,22 @@ def run(console: Console) -> None:
     measure = run_load if under_load else run_offline
     check_flags(under_load)
     model = load_model(FLAGS.model, dtype=FLAGS.dtype, random_weights=FLAGS.random_weights)
+    calibrations.clear()
     measure(console, model, chosen, sampling, output_dir, profile_dir)
+
+
+calibrations: list[calibrate.Calibration] = []
+"""Of this run's model, once one was needed."""
+
+
+def guided(model: Model, strategy: Strategy, console: Console) -> Model:
+    """The model as the strategy needs it; what takes a calibration shares one."""
+    if not strategy.policy.speculates:
+        return model
+    if not calibrations:
+        with console.status("calibrating"):
+            calibrations.append(calibrate.calibrate(model) if FLAGS.calibration is None else calibrate.load(FLAGS.calibration, model))
+    return calibrate.calibrated(model, strategy, calibrations[0])
 
 
 def check_flags(under_load: bool) -> None:
@@ -188,7 +216,7 @@ def run_load(
     """Serves the same load under every strategy."""
     goodput = None if FLAGS.goodput is None else metrics.parse_goodput(FLAGS.goodput)
     requests = make_load(model)
-    engines = [make_engine(model, strategy, sampling, requests.max_length) for strategy in chosen[:1]]
+    engines = [make_engine(guided(model, strategy, console), strategy, sampling, requests.max_length) for strategy in chosen[:1]]
     options = {name: FLAGS[name].value for name in (*LOAD_ONLY, "input_len", "output_len", "seed", "random_weights")}
     options["request_rate"] = "inf" if math.isinf(requests.request_rate) else requests.request_rate
     options["burstiness"] = requests.burstiness if math.isfinite(requests.burstiness) else "inf"
@@ -196,7 +224,7 @@ def run_load(
     services = []
     columns = (TextColumn("{task.description:<48}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
     for strategy in chosen:
-        engine = engines.pop() if engines else make_engine(model, strategy, sampling, requests.max_length)
+        engine = engines.pop() if engines else make_engine(guided(model, strategy, console), strategy, sampling, requests.max_length)
         name = strategy.describe()
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(f"{name}: compiling", total=None)
@@ -280,6 +308,11 @@ def show_profile(directory: pathlib.Path, strategy: Strategy, console: Console) 
     console.print(f"\ntrace of {strategy.describe()} in {directory} (TensorBoard, XProf or Perfetto open it)", highlight=False)
     for scope, spent in profile.scope_times(directory).items():
         console.print(f"  {scope:<24}{1e3 * spent.seconds:>10.2f} ms in {spent.events} instructions", highlight=False)
+    if isinstance(strategy.store, HostStore):
+        hidden = profile.hidden_fraction(directory)
+        share = "" if hidden.fraction is None else f", {100 * hidden.fraction:.1f} % of it while other work ran"
+        link = " (on a CPU the link is a copy in memory, and shares the cores)" if jax.default_backend() == "cpu" else ""
+        console.print(f"  fetching{1e3 * hidden.seconds:>26.2f} ms by the clock{share}{link}", highlight=False)
 
 
 def run_offline(
@@ -294,7 +327,7 @@ def run_offline(
     check_positions(model, input_len, max(output_len, questions))
     workload = offline.make_workload(model, num_prompts, input_len, FLAGS.seed, FLAGS.num_facts)
 
-    full = Strategy(Full(), chosen[0].store)
+    full = Strategy(Full(), chosen[0].store if isinstance(chosen[0].store, PagedStore) else DenseStore())
     per_strategy = offline.steps_of(workload, batch_size, FLAGS.quality)
     columns = (TextColumn("{task.description:<40}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
     measured = []
@@ -311,36 +344,44 @@ def run_offline(
             progress.update(task, description=f"{name}: compiling")
             measured.append(
                 offline.measure(
-                    model, strategy, workload if FLAGS.quality else offline.without_questions(workload), batch_size=batch_size,
-                    output_len=output_len, seed=FLAGS.seed, sampling=sampling, plan=plan, against=against, progress=report,
+                    guided(model, strategy, console), strategy, workload if FLAGS.quality else offline.without_questions(workload),
+                    batch_size=batch_size, output_len=output_len, seed=FLAGS.seed, sampling=sampling, plan=plan, against=against,
+                    progress=report,
                 )
             )  # fmt: skip
     options = {name: FLAGS[name].value for name in ("seed", "prefill_chunk", "prefill_mode")}
+    options |= {name: FLAGS[name].value for name in ("calibration", "link_gbps")}
     options |= {"input_len": input_len, "output_len": output_len, "batch_size": batch_size, "random_weights": FLAGS.random_weights}
     found = [records.record(m, model, workload, options) for m in measured]
+    if profile_dir is not None:
+        traced = profile_strategies(profile_dir, model, chosen, workload, batch_size, sampling, plan, console)
+        found = [record | times for record, times in zip(found, traced, strict=True)]
     table.show(found, console)
     if output_dir is not None:
         records.write(output_dir, found, measured, workload, model)
         plots.overview(found, output_dir / "overview.png")
         console.print(f"wrote record.json, requests.jsonl, samples.txt and overview.png to {output_dir}", highlight=False)
-    if profile_dir is not None:
-        profile_strategies(profile_dir, model, chosen, workload, batch_size, sampling, plan, console)
 
 
 def profile_strategies(
     parent: pathlib.Path, model: Model, chosen: list[Strategy], workload, batch_size: int, sampling, plan, console: Console
-) -> None:
-    """One traced batch per strategy, after compiling, and the time its scopes took."""
+) -> list[dict[str, Any]]:
+    """One traced batch per strategy, after compiling, and the time its scopes took; returns what goes into each record."""
     settings: dict[str, Any] = dict(
         max_new_tokens=min(32, fixed_length("output_len")), sampling=sampling, seed=FLAGS.seed, stop_tokens=(), prefill=plan
     )
-    prompts = workload.prompts[:batch_size]
+    prompts, found = workload.prompts[:batch_size], []
     for strategy in chosen:
         directory = parent / strategy.describe().replace(",", "_")
-        generate(model, prompts, strategy=strategy, **settings)
+        prepared, hosted = guided(model, strategy, console), isinstance(strategy.store, HostStore)
+        steps = 1 if hosted else 16  # no loop around host memory, as when it was measured
+        generate(prepared, prompts, strategy=strategy, steps_per_call=steps, **settings)
         with profile.trace(directory):
-            generate(model, prompts, strategy=strategy, **settings)
+            generate(prepared, prompts, strategy=strategy, steps_per_call=steps, **settings)
         show_profile(directory, strategy, console)
+        hidden = profile.hidden_fraction(directory) if hosted else None
+        found.append({} if hidden is None else {"fetch_seconds": hidden.seconds, "fetch_hidden_fraction": hidden.fraction})
+    return found
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -26,7 +26,7 @@ def test_the_custom_policy_conforms_generates_and_has_a_spec(tmp_path, monkeypat
 
     monkeypatch.syspath_prepend(tmp_path)
     strategy = parse_strategy("my_policies:KeyNorm(keep=3)")
-    assert strategy.policy.budget(100) == 3 + 10
+    assert strategy.policy.kept_tokens(100) == 3 + 10
 
 
 def test_the_custom_policy_is_short():

@@ -30,7 +30,7 @@ def weight_bytes(config: ModelConfig) -> int:
 def attended_tokens(strategy: Strategy, context: int, steps: int) -> float:
     """Tokens a row attends to, the new one included, averaged over `steps` decode steps after a prompt of `context` tokens."""
     growing = context + (steps + 1) / 2
-    budget = strategy.policy.budget(context)
+    budget = strategy.policy.kept_tokens(context)
     return growing if budget is None else min(budget + 1, growing)
 
 

@@ -1,15 +1,15 @@
 """The KV cache: state, policies (which tokens), stores (where bytes live), strategies (both), the ledger."""
 
 from kvjax.cache.ledger import Ledger, Tier, ledger
-from kvjax.cache.policies import H2O, POLICIES, PROTECTED, Amount, Full, OracleTopK, Policy, Slots, Streaming, halves, tokens
+from kvjax.cache.policies import H2O, POLICIES, PROTECTED, Amount, Full, InfiniGen, OracleTopK, Policy, Slots, Streaming, halves, tokens
 from kvjax.cache.spec import parse_policy, parse_strategy, split_specs
 from kvjax.cache.state import CacheShape, KVState, LayerState
 from kvjax.cache.steps import Decode, Forward, Prefill
-from kvjax.cache.stores import STORES, DenseStore, PagedStore, PageTable, Store
+from kvjax.cache.stores import STORES, DenseStore, HostStore, PagedStore, PageTable, Store
 from kvjax.cache.strategy import Strategy
 
 __all__ = [
-    "H2O", "POLICIES", "PROTECTED", "STORES", "Amount", "CacheShape", "Decode", "DenseStore", "Forward", "Full", "KVState", "LayerState",
-    "Ledger", "OracleTopK", "PageTable", "PagedStore", "Policy", "Prefill", "Slots", "Store", "Strategy", "Streaming", "Tier", "halves",
-    "ledger", "parse_policy", "parse_strategy", "split_specs", "tokens",
+    "H2O", "POLICIES", "PROTECTED", "STORES", "Amount", "CacheShape", "Decode", "DenseStore", "Forward", "Full", "HostStore", "InfiniGen",
+    "KVState", "LayerState", "Ledger", "OracleTopK", "PageTable", "PagedStore", "Policy", "Prefill", "Slots", "Store", "Strategy",
+    "Streaming", "Tier", "halves", "ledger", "parse_policy", "parse_strategy", "split_specs", "tokens",
 ]  # fmt: skip

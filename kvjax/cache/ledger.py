@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache.state import KVState, LayerState
-from kvjax.cache.stores import PageTable
+from kvjax.cache.stores import HostLayer, HostStore, PageTable
 from kvjax.cache.strategy import Strategy
 
 
@@ -17,7 +17,7 @@ class Tier:
 
     Attributes:
       live: keys and values of tokens that are kept.
-      metadata: positions, scores, next slots, lengths.
+      metadata: positions, scores, next slots, lengths; partial keys, which policies guess with.
       empty: allocated for keys and values, holding no token.
       fragmentation: inside pages that are in use but not full (none in a dense store).
     """
@@ -39,6 +39,8 @@ class Ledger:
     Attributes:
       device, host: by tier. Their totals together are the nbytes of every array of the state.
       logical: bytes the full cache would need for the same tokens (keys and values alone, nothing allocated ahead).
+      fetched: per layer, for a host store: the share of the tokens held that crossed over, per decode step so far.
+      wanted: likewise, the share that was asked for; the rest of `fetched` is rounding up to the sizes a fetch can have.
       transient: scratch memory of the decode step beyond its inputs and outputs, from the compiled program; None when it was not asked for.
       kept_fraction: stored (token, kv head) pairs over those seen.
       bytes_read_per_token: cache bytes a decode step reads, per active row.
@@ -52,6 +54,8 @@ class Ledger:
     bytes_read_per_token: float
     bytes_moved_per_token: float
     transient: int | None = None
+    fetched: tuple[float, ...] = ()
+    wanted: tuple[float, ...] = ()
 
     @property
     def compression_ratio(self) -> float:
@@ -72,14 +76,22 @@ class Ledger:
             "kv_bytes_moved_per_token": self.bytes_moved_per_token,
             "kept_fraction": self.kept_fraction,
             "compression_ratio": self.compression_ratio,
+            **self._fetch_record(),
         }
+
+    def _fetch_record(self) -> dict[str, float]:
+        if not self.fetched:
+            return {}
+        layers = {f"kv_fetched_fraction_layer_{i}": share for i, share in enumerate(self.fetched)}
+        mean = {f"kv_{name}_fraction": float(np.mean(getattr(self, name))) for name in ("fetched", "wanted")}
+        return mean | layers
 
 
 def ledger(strategy: Strategy, kv: KVState, transient: int | None = None) -> Ledger:
     """The ledger of a state. Reads the positions, so it waits for the device."""
     batch = kv.length.shape[0]
     seen = int(kv.length.sum())
-    stored_bytes = sum(nbytes(layer.store) for layer in kv.layers)
+    stored_bytes = sum(nbytes(_pool(layer)) for layer in kv.layers)
     live = logical = slots_kept = slots_seen = in_use = 0
     for layer in kv.layers:
         heads, token_bytes = strategy.store.token_bytes(layer.store, batch)
@@ -91,17 +103,47 @@ def ledger(strategy: Strategy, kv: KVState, transient: int | None = None) -> Led
         slots_seen += seen * heads
     in_use = max(in_use, live)
     metadata = nbytes(kv) - stored_bytes
-    device = Tier(live=live, metadata=metadata, empty=stored_bytes - in_use, fragmentation=in_use - live)
-    read = sum(nbytes(layer) for layer in kv.layers)  # a step reads every array once
+    tokens = Tier(live=live, empty=stored_bytes - in_use, fragmentation=in_use - live)
+    read = sum(nbytes(layer) for layer in kv.layers) / batch  # a step reads every array once
+    moved = 0.0
+    fetched: tuple[float, ...] = ()
+    wanted: tuple[float, ...] = ()
+    if isinstance(strategy.store, HostStore):
+        moved = sum(traffic_bytes(strategy.store, layer, batch) for layer in kv.layers)
+        read = moved + metadata / batch
+        shares = [traffic_shares(layer) for layer in kv.layers]
+        fetched, wanted = tuple(share for share, _ in shares), tuple(share for _, share in shares)
+    on_host = isinstance(strategy.store, HostStore) and strategy.store.transfer != "device"
+    device, host = (Tier(metadata=metadata), tokens) if on_host else (dataclasses.replace(tokens, metadata=metadata), Tier())
     return Ledger(
         device=device,
-        host=Tier(),
+        host=host,
         logical=logical,
         kept_fraction=slots_kept / slots_seen if slots_seen else 1.0,
-        bytes_read_per_token=read / batch,
-        bytes_moved_per_token=0.0,
+        bytes_read_per_token=read,
+        bytes_moved_per_token=moved if on_host else 0.0,
         transient=transient,
+        fetched=fetched,
+        wanted=wanted,
     )
+
+
+def traffic_shares(layer: LayerState) -> tuple[float, float]:
+    """Moved and wanted rows over those held, of all decode steps so far."""
+    _, held, wanted, moved = (float(x) for x in np.asarray(layer.store.traffic))
+    return (moved / held, wanted / held) if held else (0.0, 0.0)
+
+
+def _pool(layer: LayerState):
+    """The arrays that hold keys and values of tokens."""
+    return (layer.store.k, layer.store.v) if isinstance(layer.store, HostLayer) else layer.store
+
+
+def traffic_bytes(store: HostStore, layer: LayerState, batch: int) -> float:
+    """Bytes that `layer` has brought to the device per token decoded so far."""
+    decoded, _, _, moved = (float(x) for x in np.asarray(layer.store.traffic))
+    _, token_bytes = store.token_bytes(layer.store, batch)
+    return moved * token_bytes / decoded if decoded else 0.0
 
 
 def _slots_in_use(layer: LayerState, kv: KVState) -> int:

@@ -5,20 +5,22 @@ import dataclasses
 import importlib
 
 from kvjax.cache.policies import POLICIES, Policy
-from kvjax.cache.stores import STORES, PagedStore
+from kvjax.cache.stores import STORES, HostStore, PagedStore
 from kvjax.cache.strategy import ALIASES, Strategy
 from kvjax.errors import SpecError
 
 
-def parse_strategy(spec: str, store: str | None = None, page_size: int | None = None) -> Strategy:
+def parse_strategy(spec: str, store: str | None = None, page_size: int | None = None, transfer: str | None = None) -> Strategy:
     """The strategy that a spec string names: a policy, optionally with keyword arguments, optionally with its store.
 
-    `h2o(heavy=8,recent=8)` stands in the default store, `h2o(heavy=8,recent=8)+paged` in pages, and `vllm` is `full+paged`. A policy of
-    your own is named by its module and class: `my_policies:KeyNorm(keep=64)`. An int is tokens, a float is a fraction of the prompt.
+    `h2o(heavy=8,recent=8)` stands in the default store, `h2o(heavy=8,recent=8)+paged` in pages; `vllm` is `full+paged` and `offload` is
+    `full+host`; infinigen stands in the host store wherever others stand. A policy of your own is named by its module and class:
+    `my_policies:KeyNorm(keep=64)`. An int is tokens, a float is a fraction of the prompt.
 
     Args:
       store: of specs that name none; the dense store by default.
-      page_size: slots of a page; None: the store's default. Without meaning for a dense store.
+      page_size: slots of a page; None: the store's default. Without meaning for other than the paged store.
+      transfer: how tokens come from the host store; None: the store's default. Without meaning for other stores.
 
     Raises SpecError with what exists.
     """
@@ -34,8 +36,13 @@ def parse_strategy(spec: str, store: str | None = None, page_size: int | None = 
                 f"{spec.strip()} means {policy} in the {only} store; for {policy} in another store write {policy}+{own or store}"
             )
         own = only
-    chosen = STORES[own or store or "dense"]
-    return Strategy(parse_policy(policy), chosen(page_size) if chosen is PagedStore and page_size is not None else chosen())
+    parsed = parse_policy(policy)
+    chosen = STORES[own or parsed.home or store or "dense"]
+    if chosen is PagedStore and page_size is not None:
+        return Strategy(parsed, PagedStore(page_size))
+    if chosen is HostStore and transfer is not None:
+        return Strategy(parsed, HostStore(transfer))  # type: ignore[arg-type]
+    return Strategy(parsed, chosen())
 
 
 def parse_policy(spec: str) -> Policy:

@@ -27,7 +27,10 @@ class Forward:
     def positions(self, kv: None, num_tokens: int) -> Int[Array, "B S"]:
         return self.token_positions
 
-    def attend(self, layer, q, k, v, kv: None):
+    def look_ahead(self, layer: int, queries, kv: None) -> None:
+        return kv
+
+    def attend(self, layer, q, k, v, kv: None, guide=None):
         with jax.named_scope("attend"):
             block = self.block
             if block is None:
@@ -63,10 +66,13 @@ class Prefill:
     def positions(self, kv: KVState, num_tokens: int) -> Int[Array, "B S"]:
         return kv.length[:, None] + jnp.arange(num_tokens)
 
-    def attend(self, layer, q, k, v, kv: KVState):
+    def look_ahead(self, layer: int, queries, kv: KVState) -> KVState:
+        return kv
+
+    def attend(self, layer, q, k, v, kv: KVState, guide=None):
         valid = jnp.arange(q.shape[1]) < self.num_valid[:, None]
         with jax.named_scope("prefill"):
-            out, state = self.strategy.prefill(kv.layers[layer], q, k, v, kv, valid, self.first, self.context)
+            out, state = self.strategy.prefill(kv.layers[layer], q, k, v, kv, valid, self.first, self.context, guide)
         return out, kv.with_layer(layer, state)
 
     def hidden(self, x: Float[Array, "B S M"]) -> Float[Array, "B 1 M"]:
@@ -93,9 +99,13 @@ class Decode:
     def positions(self, kv: KVState, num_tokens: int) -> Int[Array, "B 1"]:
         return kv.length[:, None]
 
-    def attend(self, layer, q, k, v, kv: KVState):
+    def look_ahead(self, layer: int, queries, kv: KVState) -> KVState:
         with jax.named_scope("decode"):
-            out, state = self.strategy.decode(kv.layers[layer], q, k, v, kv, self.active)
+            return self.strategy.look_ahead(layer, queries, kv, self.active)
+
+    def attend(self, layer, q, k, v, kv: KVState, guide=None):
+        with jax.named_scope("decode"):
+            out, state = self.strategy.decode(kv.layers[layer], q, k, v, kv, self.active, guide)
         return out, kv.with_layer(layer, state)
 
     def hidden(self, x: Float[Array, "B 1 M"]) -> Float[Array, "B 1 M"]:

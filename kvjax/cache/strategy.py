@@ -1,7 +1,9 @@
 """A strategy: a policy (which tokens) over a store (where their bytes live), as pure functions over the KV state.
 
-The decoder meets it per layer, in `prefill` and `decode`; around them stand `init` (allocate), `stage` and `settle` (a prompt that comes in
-chunks but is compressed only once it is complete).
+The decoder meets it per layer, in `prefill`, `decode` and `look_ahead` (what the next layer will want, for stores that have to fetch it);
+around them stand `init` (allocate), `stage` and `settle` (a prompt that comes in chunks but is compressed only once it is complete).
+
+A policy that speculates comes with a guide per layer (kvjax.calibrate): it turns keys into partial keys, which go to the store with them.
 
 What happens to a prompt:
   whole    one call sees it all; each layer attends, then keeps what the policy keeps. Only one layer's full keys and values exist at
@@ -23,12 +25,14 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.cache.attention import chunk_attention, prompt_attention
 from kvjax.cache.policies import Policy, Slots
 from kvjax.cache.state import CacheShape, KVState, LayerState
-from kvjax.cache.stores import DenseStore, Store
+from kvjax.cache.stores import DenseStore, HostLayer, HostStore, Store
 from kvjax.cache.stores.dense import select_rows
 from kvjax.errors import InputError, SpecError
 
-ALIASES = {"vllm": ("full", "paged")}
+ALIASES = {"vllm": ("full", "paged"), "offload": ("full", "host")}
 """Names for a policy in a store."""
+
+NO_GUIDE = "guesses the next layer's queries, which takes a calibrated model: pass it through kvjax.calibrated(model, strategy) first"
 
 STAGING = DenseStore()
 """Where a prompt stands that comes in chunks and is compressed once it is complete."""
@@ -44,11 +48,16 @@ class Strategy:
     def __post_init__(self):
         if self.policy.keeps_score and not self.policy.per_head:
             raise SpecError(f"{self.policy.describe()}: a policy that keeps scores keeps them per kv head; set per_head = True")
+        if self.policy.home not in (None, self.store.name):
+            raise SpecError(
+                f"{self.policy.describe()} fetches the tokens it has chosen from a {self.policy.home} store; the {self.store.name} store "
+                f"has nothing to fetch from (--store={self.policy.home}; with --transfer=device its pool is device memory)"
+            )
 
     def describe(self) -> str:
         """The spec string, store included when it is not the default."""
         policy = self.policy.describe()
-        if isinstance(self.store, DenseStore):
+        if isinstance(self.store, DenseStore) or self.policy.home == self.store.name:
             return policy
         names = {pair: alias for alias, pair in ALIASES.items()}
         return names.get((policy, self.store.name), f"{policy}+{self.store.name}")
@@ -58,7 +67,7 @@ class Strategy:
 
         A policy that evicts needs its budget and one slot for the token at hand, and no more than there will be tokens.
         """
-        budget = self.policy.budget(prompt_length)
+        budget = self.policy.kept_tokens(prompt_length)
         if budget is None:
             return max_length
         if self.policy.evicts_in_decode:
@@ -78,13 +87,21 @@ class Strategy:
         capacity = self.slots(max_prompt, max_prompt + max_new)
         batch = lengths.shape[0]
         layers = []
-        for _ in range(shape.num_layers):
-            layers.append(self.with_metadata(self.store.init(shape, batch, capacity, fill), shape, batch, capacity))
+        for index in range(shape.num_layers):
+            store = self.with_partial(self.store.init(shape, batch, capacity, fill), index, batch, fill)
+            layers.append(self.with_metadata(store, shape, batch, capacity))
         return KVState(tuple(layers), jnp.zeros_like(lengths), lengths, self.store.share(batch, capacity))
+
+    def with_partial(self, store: Any, index: int, rows: int, fill: float = 0.0) -> Any:
+        """What the store has for layer `index`, with room for the partial keys of `rows` rows where this policy speculates."""
+        if not self._speculates(index):
+            return store
+        assert isinstance(self.store, HostStore)
+        return self.store.with_partial(store, rows, self.policy.partial_columns(store.k.shape[-1]), fill)
 
     def with_metadata(self, store: Any, shape: CacheShape, batch: int, capacity: int) -> LayerState:
         """A layer over `store` with the (empty) slots this policy keeps books of, for `batch` rows of up to `capacity` slots."""
-        if self.policy.budget(1) is None:
+        if self.policy.kept_tokens(1) is None:
             return LayerState(store)
         heads, capacity = shape.num_kv_heads if self.policy.per_head else 1, self.store.rounded(capacity)
         return LayerState(
@@ -104,13 +121,14 @@ class Strategy:
             layers.append(LayerState(STAGING.init(shape, batch, max_prompt, fill), score=score))
         return KVState(tuple(layers), jnp.zeros_like(lengths), lengths)
 
-    def settle(self, staged: KVState, empty: KVState) -> KVState:
-        """Compresses a staged prompt into the (bounded) state `empty`."""
+    def settle(self, staged: KVState, empty: KVState, guides: tuple = ()) -> KVState:
+        """Compresses a staged prompt into the (bounded) state `empty`. `guides`: per layer, for a policy that speculates."""
         batch = staged.length.shape[0]
         layers = []
-        for source, target in zip(staged.layers, empty.layers, strict=True):
+        for index, (source, target) in enumerate(zip(staged.layers, empty.layers, strict=True)):
             k, v = STAGING.tokens(source.store, None, batch)
-            layers.append(self._keep_prompt(target, k, v, source.score, staged.length, empty))
+            guide = guides[index] if guides else None
+            layers.append(self._keep_prompt(target, k, v, source.score, staged.length, empty, guide))
         return KVState(tuple(layers), staged.length, staged.prompt_length, empty.shared)
 
     def prefill(
@@ -123,6 +141,7 @@ class Strategy:
         valid: Bool[Array, "B S"],
         first: bool,
         context: int | None = None,
+        guide: Any = None,
     ) -> tuple[Float[Array, "B S H D"], LayerState]:
         """Attends to a prompt, or the next chunk of it, and keeps what the policy keeps.
 
@@ -131,6 +150,7 @@ class Strategy:
           valid: tokens that are part of the prompt; a row's valid tokens come first.
           first: nothing is in the cache yet (static).
           context: no row is longer than this after the chunk (static; None: no bound but the capacity). Slots beyond are not read.
+          guide: of this layer, for a policy that speculates.
         """
         bounded = layer.position is not None
         group_mass = self.policy.group_mass if self.policy.observes and (bounded or layer.score is not None) else None
@@ -140,14 +160,14 @@ class Strategy:
             with jax.named_scope("evict" if bounded else "write"):
                 score = self._scored(k, v, mass)
                 if bounded:
-                    return out, self._keep_prompt(layer, k, v, score, valid.sum(-1), kv)
-                store = self._holding(layer).fill(layer.store, kv.shared, k, v, valid)
+                    return out, self._keep_prompt(layer, k, v, score, valid.sum(-1), kv, guide)
+                store = self._holding(layer).fill(layer.store, kv.shared, self._with_partial(layer, k, guide), v, valid)
                 return out, dataclasses.replace(layer, store=store, score=_padded(score, layer.score))
         if bounded:
-            return self._prefill_bounded(layer, q, k, v, kv, valid, group_mass)
+            return self._prefill_bounded(layer, q, k, v, kv, valid, group_mass, guide)
         holding = self._holding(layer)
         with jax.named_scope("write"):
-            store = holding.write_chunk(layer.store, kv.shared, kv.length, k, v, valid)
+            store = holding.write_chunk(layer.store, kv.shared, kv.length, self._with_partial(layer, k, guide), v, valid)
         with jax.named_scope("attend"):
             out, mass = holding.attend_chunk(store, kv.shared, q, kv.length, valid, context, group_mass)
         score = layer.score
@@ -164,12 +184,16 @@ class Strategy:
         v: Float[Array, "B 1 Hkv D"],
         kv: KVState,
         active: Bool[Array, " B"],
+        guide: Any = None,
     ) -> tuple[Float[Array, "B 1 H D"], LayerState]:
         """Writes the new token, attends, updates the statistics, chooses the next victim. Rows that are not active stay as they are."""
+        if isinstance(layer.store, HostLayer) and layer.store.staged is None:
+            layer = self._fetch(layer, None, kv, active)  # nothing looked ahead for this layer: the first one
         capacity = self.store.capacity(layer.store, kv.shared)
         slot = kv.length[:, None] if layer.next_slot is None else layer.next_slot
         with jax.named_scope("write"):
-            store = self.store.write(layer.store, kv.shared, jnp.minimum(slot, capacity - 1), k[:, 0], v[:, 0], active)
+            keys = self._with_partial(layer, k, guide)[:, 0]
+            store = self.store.write(layer.store, kv.shared, jnp.minimum(slot, capacity - 1), keys, v[:, 0], active)
             here = (jnp.arange(capacity) == slot[..., None]) & active[:, None, None]
             position = None if layer.position is None else jnp.where(here, kv.length[:, None, None], layer.position)
         with jax.named_scope("attend"):
@@ -180,7 +204,64 @@ class Strategy:
         if position is not None:
             with jax.named_scope("evict"):
                 layer = self._evict(layer, slot, here, k, v, mass, kv, active)
+        if isinstance(self.store, HostStore):
+            layer = dataclasses.replace(layer, store=self.store.cleared(layer.store))
         return out[:, None], layer
+
+    def look_ahead(
+        self, index: int, queries: Callable[[], Float[Array, "B Hkv G P"] | None], kv: KVState, active: Bool[Array, " B"]
+    ) -> KVState:
+        """While layer `index` is computed, fetches what layer `index + 1` will read, where the store has to fetch it.
+
+        Args:
+          queries: makes the guessed partial queries of layer `index + 1`, scaled; returns None without a guide.
+        """
+        following = index + 1
+        if not isinstance(self.store, HostStore) or following == len(kv.layers):
+            return kv
+        layer = kv.layers[following]
+        choice = None
+        if self._speculates(following):
+            with jax.named_scope("speculate"):
+                guessed = queries()
+                if guessed is None:
+                    raise SpecError(f"{self.policy.describe()} {NO_GUIDE}")
+                choice = self.choose(layer, guessed, kv, active)
+        return kv.with_layer(following, self._fetch(layer, choice, kv, active))
+
+    def choose(self, layer: LayerState, queries: Float[Array, "B Hkv G P"], kv: KVState, active: Bool[Array, " B"]):
+        """The slots a policy that speculates wants of a layer, most wanted first, and how many of them: [B, Hkv, K] and [B]."""
+        assert isinstance(self.store, HostStore)
+        partial_keys = self.store.partial_keys(layer.store, kv.shared)
+        guess = jnp.einsum("bngp,bnpc->bngc", queries, partial_keys, preferred_element_type=jnp.float32)
+        visible = self._stored(layer, kv)
+        slot, count = self.policy.select(guess, visible, kv.length)
+        return slot, jnp.where(active, count, 0)
+
+    def _fetch(self, layer: LayerState, choice, kv: KVState, active: Bool[Array, " B"]) -> LayerState:
+        """The layer with these tokens staged; without a choice, with all of them."""
+        assert isinstance(self.store, HostStore)
+        with jax.named_scope("fetch"):
+            held = jnp.where(active, jnp.minimum(kv.length, layer.store.slots), 0)
+            slot, count = choice or (None, held)
+            return dataclasses.replace(layer, store=self.store.prefetch(layer.store, kv.shared, slot, count, held))
+
+    def _stored(self, layer: LayerState, kv: KVState) -> Bool[Array, "B h C"]:
+        """The slots that hold a token."""
+        if layer.position is not None:
+            return layer.position >= 0
+        return jnp.arange(self.store.capacity(layer.store, kv.shared)) < kv.length[:, None, None]
+
+    def _speculates(self, index: int) -> bool:
+        return self.policy.speculates and index >= self.policy.full_layers
+
+    def _with_partial(self, layer: LayerState, k: Float[Array, "B S Hkv D"], guide: Any) -> Float[Array, "B S Hkv D+P"]:
+        """Keys as the store wants them: followed by their partial columns where the layer has room for those."""
+        if getattr(layer.store, "partial", None) is None:
+            return k
+        if guide is None:
+            raise SpecError(f"{self.policy.describe()} {NO_GUIDE}")
+        return jnp.concatenate([k, jnp.einsum("bsnd,ndp->bsnp", k, guide.key).astype(k.dtype)], axis=-1)
 
     def _evict(self, layer: LayerState, slot, here, k, v, mass, kv: KVState, active) -> LayerState:
         """After a token went into `slot`: update the scores, free a slot if the row is over its budget, name the next slot."""
@@ -190,11 +271,13 @@ class Strategy:
         if score is not None:
             stored = jnp.where(here, self.policy.initial_score(k, v), score)
             stored = stored if mass is None else policy.observe(stored, mass)
+            if isinstance(self.store, HostStore) and policy.speculates:
+                stored = policy.observe_use(stored, self.store.used(layer.store), length[:, None, None])
             score = jnp.where(active[:, None, None], stored, score)
         following = slot + 1
         if policy.evicts_in_decode:
             held = position >= 0
-            over = held.sum(-1) > policy.budget(kv.prompt_length)[:, None]
+            over = held.sum(-1) > policy.kept_tokens(kv.prompt_length)[:, None]
             priority = policy.priority(Slots(position, score, length[:, None, None], kv.prompt_length[:, None, None]))
             victim = lowest(jnp.where(held, priority, jnp.inf), jnp.where(held, position, -1))
             following = jnp.where(over, victim, following)
@@ -203,7 +286,7 @@ class Strategy:
         following = jnp.where(active[:, None], following, slot)
         return dataclasses.replace(layer, position=position, score=score, next_slot=following)
 
-    def _prefill_bounded(self, layer: LayerState, q, k, v, kv: KVState, valid, group_mass):
+    def _prefill_bounded(self, layer: LayerState, q, k, v, kv: KVState, valid, group_mass, guide):
         """Attend to the kept slots and the chunk, then cut both together back to the budget."""
         assert layer.position is not None
         batch, size = valid.shape
@@ -219,28 +302,31 @@ class Strategy:
             if score is not None:
                 score = jnp.concatenate([score, self.policy.initial_score(k, v)], -1)
                 score = score if mass is None else self.policy.observe(score, mass)
-            return out, self._keep(layer, keys, values, score, where, kv.length + valid.sum(-1), kv, valid.any(-1))
+            return out, self._keep(layer, keys, values, score, where, kv.length + valid.sum(-1), kv, guide, valid.any(-1))
 
-    def _keep_prompt(self, layer: LayerState, k, v, score, length, kv: KVState) -> LayerState:
+    def _keep_prompt(self, layer: LayerState, k, v, score, length, kv: KVState, guide=None) -> LayerState:
         """Fills the layer from the first `length` tokens of (k, v), which stand in the order of their positions."""
         index = jnp.arange(k.shape[1])
         valid = index < length[:, None]
         if layer.position is None:  # nothing is ever dropped
-            return dataclasses.replace(layer, store=self.store.fill(layer.store, kv.shared, k, v, valid))
+            return dataclasses.replace(layer, store=self.store.fill(layer.store, kv.shared, self._with_partial(layer, k, guide), v, valid))
         position = jnp.broadcast_to(jnp.where(valid, index, -1)[:, None], (*layer.position.shape[:2], k.shape[1]))
-        return self._keep(layer, k, v, score, position, length, kv)
+        return self._keep(layer, k, v, score, position, length, kv, guide)
 
-    def _keep(self, layer: LayerState, k, v, score, position, length, kv: KVState, rows: Bool[Array, " B"] | None = None) -> LayerState:
+    def _keep(
+        self, layer: LayerState, k, v, score, position, length, kv: KVState, guide=None, rows: Bool[Array, " B"] | None = None
+    ) -> LayerState:
         """Fills the slots of these rows (None: all) with the tokens the policy keeps, in the order of their positions."""
         capacity = self.store.capacity(layer.store, kv.shared)
         ranked = self.policy.priority(Slots(position, score, length[:, None, None], kv.prompt_length[:, None, None]))
-        index = highest(ranked, position, self.policy.budget(kv.prompt_length), capacity)
+        index = highest(ranked, position, self.policy.kept_tokens(kv.prompt_length), capacity)
         padded = jnp.pad(position, ((0, 0), (0, 0), (0, 1)), constant_values=-1)
         kept = jnp.take_along_axis(padded, index, axis=-1)
         if score is not None:
             score = jnp.where(kept >= 0, jnp.take_along_axis(jnp.pad(score, ((0, 0), (0, 0), (0, 1))), index, axis=-1), 0)
         next_slot = jnp.minimum((kept >= 0).sum(-1), capacity - 1).astype(jnp.int32)
-        new = LayerState(self.store.fill_selected(layer.store, kv.shared, k, v, index, rows), kept, score, next_slot)
+        keys = self._with_partial(layer, k, guide)
+        new = LayerState(self.store.fill_selected(layer.store, kv.shared, keys, v, index, rows), kept, score, next_slot)
         if rows is None:
             return new
         stay = (layer.position, layer.score, layer.next_slot)
@@ -249,7 +335,7 @@ class Strategy:
 
     def _holding(self, layer: LayerState) -> Store:
         """The store of a layer that keeps all it is given: a staged prompt's, or this strategy's own."""
-        return self.store if self.policy.budget(1) is None else STAGING
+        return self.store if self.policy.kept_tokens(1) is None else STAGING
 
     def _readable(self, kv: KVState) -> Callable[[Float[Array, "B Hkv G C"]], Bool[Array, "B Hkv 1 C"]] | None:
         if type(self.policy).readable is Policy.readable:

@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.cache import Strategy
+from kvjax.cache import HostStore, Strategy
 from kvjax.cache.stores.paged import extent_sizes
+from kvjax.cache.strategy import NO_GUIDE
 from kvjax.engine import programs
 from kvjax.engine.blocks import BlockManager
 from kvjax.engine.memory import Budget, parse_memory, serving_strategy, spend, staged_slots
@@ -87,6 +88,7 @@ class Engine:
         strategy: str | Strategy = "vllm",
         *,
         kv_memory: str | int = "64MiB",
+        host_memory: str | int | None = None,
         max_num_seqs: int = 64,
         max_model_len: int | None = None,
         max_num_batched_tokens: int | None = None,
@@ -100,6 +102,7 @@ class Engine:
 
         Args:
           kv_memory: bytes for pages, metadata and staging together, or text such as "64MiB".
+          host_memory: the same for the pool of a host store, which is no device memory; None: twice the seats that there are rows.
           max_num_seqs: sequences computed at a time.
           max_model_len: prompt and output of a request together; None: what the model has positions for.
           max_num_batched_tokens: tokens of a step, one per decoding sequence and the rest prefill; None: max_num_seqs + prefill_chunk.
@@ -135,13 +138,18 @@ class Engine:
             raise SpecError("prefix caching shares pages; choose the paged store (vllm, or --store=paged)")
         need = Need(serving, longest, contiguous)
         shape = cache_shape(model)
-        self.budget: Budget = spend(need, shape, parse_memory(kv_memory), max_num_seqs)
+        if host_memory is not None and not isinstance(serving.store, HostStore):
+            raise SpecError(f"host_memory is for the host store; {self.strategy.describe()} has none")
+        if serving.policy.speculates and "guide" not in model.params:
+            raise SpecError(f"{self.strategy.describe()} {NO_GUIDE}")
+        host = None if host_memory is None else parse_memory(host_memory)
+        self.budget: Budget = spend(need, shape, parse_memory(kv_memory), max_num_seqs, host)
         self.limits = Limits(self.budget.rows, batched, prefill_chunk, longest)
         self._caching = prefix_caching
         sizes = extent_sizes(self.budget.num_pages, extents)
         blocks = BlockManager(
             self.budget.num_pages,
-            serving.store.page_size,  # type: ignore[attr-defined]
+            need.page_size,
             extents=sizes,
             prefix_caching=prefix_caching,
             watermark=watermark if need.grows else 0.0,
@@ -149,16 +157,20 @@ class Engine:
         self.scheduler = Scheduler(need, self.limits, blocks)
         contained = programs.Contained(serving.policy, serving.store)
         self.programs = programs.Programs(model.decoder, contained, sampling, self.budget.num_pages)
-        device = jax.tree.leaves(model.params)[0].sharding  # as the programs' results will have it: another one would compile them anew
+        self._device = device = jax.tree.leaves(model.params["params"])[0].sharding  # as results have it: another would compile anew
         layers = programs.allocate(serving, shape, self.budget.num_pages, self.budget.rows, need.capacity)
         staging = serving.stage(shape, [0], staged_slots(longest)).layers if need.stages else None
-        self._layers, self._staging, self._tokens = jax.device_put((layers, staging, jnp.zeros(self.budget.rows, jnp.int32)), device)
+        layers, self._staging, self._tokens = _on(device, (layers, staging, jnp.zeros(self.budget.rows, jnp.int32)))
+        self._layers: programs.Layers = layers
         self._seeds = np.zeros(self.budget.rows, np.int32)
         self._prompts = np.zeros(self.budget.rows, np.int32)
+        self._swapped: dict[int, Any] = {}  # what the device held of sequences that wait with their pages
         self._pending: collections.deque[Pending] = collections.deque()
         self._outputs: list[Output] = []
         self._streams: dict[str, collections.deque[Output]] = {}
         self._sequences: dict[str, list[Sequence]] = {}
+        self._copies = 1 if isinstance(serving.store, HostStore) else COPIES
+        self._bounds_context = need.stages or isinstance(serving.store, HostStore)
         self._count = 0
         self.steps = 0
 
@@ -212,12 +224,24 @@ class Engine:
             if not sequence.status.ended:
                 self._end(sequence, Status.ABORTED, "abort")
 
-    def preempt(self, request: str) -> None:
-        """Takes a request's pages and queues it again, as the engine does by itself when pages run out. For tests and experiments."""
+    def preempt(self, request: str, swap: bool = False) -> None:
+        """Takes a request's row and queues it again. For tests, experiments, and whoever has something more urgent to serve.
+
+        Without `swap` its pages are taken too, as the engine does by itself when pages run out, and its tokens are computed again. With
+        `swap` the host pool keeps its tokens, what the device held besides is copied to the host, and it goes on where it was (a request
+        whose prompt is not in yet is computed again all the same). Raises SpecError for `swap` without a host store.
+        """
+        if swap and not isinstance(self.strategy.store, HostStore):
+            raise SpecError(f"preemption by swap needs a pool in host memory; {self.strategy.describe()} has none")
         self._drain()
         for sequence in self._sequences.get(request, []):
-            if sequence.row >= 0:
-                self.scheduler.preempt(sequence)
+            if sequence.row < 0:
+                continue
+            swaps = swap and sequence.status is Status.RUNNING and not sequence.replay
+            if swaps:
+                row = np.asarray([sequence.row], np.int32)
+                self._swapped[sequence.id] = jax.device_get(programs.swap_out(self.programs, self._layers, row))
+            self.scheduler.preempt(sequence, swaps)
 
     def step(self) -> list[Output]:
         """Computes one turn and returns what has become known, mostly of the turn before. What belongs to a `stream` goes there."""
@@ -234,6 +258,10 @@ class Engine:
         turn = scheduler.turn()
         behind = len(self._pending)
         self._copy(turn.copies)
+        for sequence in turn.resumed:
+            saved = jax.device_put(self._swapped.pop(sequence.id), self._device)
+            self._seeds[sequence.row], self._prompts[sequence.row] = sequence.seed, len(sequence.prompt)
+            self._layers = programs.swap_in(self.programs, self._layers, saved, np.asarray([sequence.row], np.int32))
         if turn.decode:
             self._decode(turn.decode)
         for chunk in turn.chunks:
@@ -284,13 +312,18 @@ class Engine:
             nothing = np.zeros((1, size), np.int32)
             for context in (c for c in self._contexts(longest) if c >= self._context(size // 2 + 1)):
                 logits = self._chunk_call(nobody, nothing, 0, context)
-                progress(f"prefill, {size} tokens" + (f" of {context}" if self._staging else ""))
+                progress(f"prefill, {size} tokens" + (f" of {context}" if context else ""))
                 calls += 1
         for context in self._contexts(longest) if self._staging else ():
             self._settle(nobody, context)
             calls += 1
         self._tokens, _ = programs.begin(self.programs, self._tokens, logits, nobody)
         self._copy_pages([])
+        if isinstance(self.strategy.store, HostStore):
+            row = np.asarray([self.limits.max_num_seqs], np.int32)
+            saved = jax.device_put(jax.device_get(programs.swap_out(self.programs, self._layers, row)), self._device)
+            self._layers = programs.swap_in(self.programs, self._layers, saved, row)
+            calls += 2
         jax.block_until_ready((self._layers, self._tokens))
         return calls + 2
 
@@ -310,6 +343,12 @@ class Engine:
             prefix_query_tokens=blocks.prefix_query_tokens,
             context_tokens=scheduler.seen(),
         )
+
+    def traffic(self) -> np.ndarray:
+        """What a host store has moved so far, per layer: tokens, rows held, wanted, moved [L, 4]; empty without one."""
+        if not isinstance(self.strategy.store, HostStore):
+            return np.zeros((0, 4))
+        return np.stack([np.asarray(layer.store.traffic) for layer in self._layers]).astype(np.float64)
 
     def _check_fits(self, sequence: Sequence) -> None:
         limit = self.limits.max_model_len
@@ -367,13 +406,14 @@ class Engine:
     def _chunk_call(self, packed: np.ndarray, tokens: np.ndarray, size: int, context: int):
         valid = np.asarray([size], np.int32)
         if self._staging is None:
-            self._layers, logits = programs.prefill(self.programs, self.model.params, self._layers, packed, tokens, valid)
+            result = programs.prefill(self.programs, context or None, self.model.params, self._layers, packed, tokens, valid)
+            self._layers, logits = result
         else:
             self._staging, logits = programs.stage(self.programs, context, self.model.params, self._staging, packed, tokens, valid)
         return logits
 
     def _settle(self, packed: np.ndarray, context: int) -> None:
-        self._layers = programs.settle(self.programs, context, self._layers, self._staging, packed)
+        self._layers = programs.settle(self.programs, context, self.model.params, self._layers, self._staging, packed)
 
     def _begin(self, sequence: Sequence, logits, packed: np.ndarray) -> None:
         """The first token after a prefill, unless it is known and about to be fed again."""
@@ -397,15 +437,15 @@ class Engine:
 
     def _copy(self, pairs: list[tuple[int, int]], rows: tuple[int, int] | None = None) -> None:
         """Copies pages, and the metadata of a row: (from, to) each."""
-        for start in range(0, len(pairs), COPIES):
-            self._copy_pages(pairs[start : start + COPIES], rows)
+        for start in range(0, len(pairs), self._copies):
+            self._copy_pages(pairs[start : start + self._copies], rows)
 
     def _copy_pages(self, pairs: list[tuple[int, int]], rows: tuple[int, int] | None = None) -> None:
-        pages = np.full((2, COPIES), self.budget.num_pages, np.int32)
+        pages = np.full((2, self._copies), self.budget.num_pages, np.int32)
         for i, pair in enumerate(pairs):
             pages[:, i] = pair
         nobody = (self.limits.max_num_seqs, self.limits.max_num_seqs)
-        self._layers = programs.copy(self._layers, pages, np.asarray(rows or nobody, np.int32))
+        self._layers = programs.copy(self.programs, self._layers, pages, np.asarray(rows or nobody, np.int32))
 
     def _packed(self, sequences: list[Sequence], batch: int) -> np.ndarray:
         """What a call must know of its rows: HEADER and block table, rows of nobody filled up."""
@@ -454,6 +494,7 @@ class Engine:
             sequence.status = status  # a sample that never got its turn
         else:
             self.scheduler.end(sequence, status)
+        self._swapped.pop(sequence.id, None)
         sequence.reason = reason
         siblings = self._sequences[sequence.request]
         if all(s.status.ended for s in siblings):
@@ -467,10 +508,20 @@ class Engine:
         return _buckets(min(SMALLEST_CHUNK, self.limits.chunk), _bucket(min(longest, self.limits.chunk), SMALLEST_CHUNK, self.limits.chunk))
 
     def _context(self, length: int) -> int:
-        return 0 if self._staging is None else _bucket(length, SMALLEST_CONTEXT, staged_slots(self.limits.max_model_len))
+        return 0 if not self._bounds_context else _bucket(length, SMALLEST_CONTEXT, staged_slots(self.limits.max_model_len))
 
     def _contexts(self, longest: int) -> list[int]:
-        return [0] if self._staging is None else _buckets(min(SMALLEST_CONTEXT, self._context(longest)), self._context(longest))
+        return [0] if not self._bounds_context else _buckets(min(SMALLEST_CONTEXT, self._context(longest)), self._context(longest))
+
+
+def _on(device: Any, tree: Any) -> Any:
+    """The arrays on that device, those in host memory in its host memory."""
+
+    def place(x):
+        in_host_memory = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, device.with_memory_kind(x.sharding.memory_kind) if in_host_memory else device)
+
+    return jax.tree.map(place, tree)
 
 
 def _bucket(count: int, smallest: int, largest: int) -> int:

@@ -5,7 +5,7 @@ import re
 
 import jax.numpy as jnp
 
-from kvjax.cache import CacheShape, DenseStore, PagedStore, Strategy
+from kvjax.cache import CacheShape, DenseStore, HostStore, PagedStore, Strategy
 from kvjax.engine.scheduler import Need
 from kvjax.errors import InputError, SpecError
 
@@ -17,9 +17,11 @@ class Budget:
     """What fits into a memory limit; sizes in bytes.
 
     Attributes:
-      page: one page, all layers.
-      row: one row's metadata (positions, scores, next slots), all layers.
+      page: one page, all layers; 0 where pages are seats in host memory.
+      row: what a row has on the device besides, all layers: metadata (positions, scores, next slots), partial keys, and in front of a host
+        store the staging blocks of two layers.
       staging: where a prompt stands that is compressed once it is complete; 0 for policies that keep everything.
+      seat: one seat of the host pool, all layers, in host memory; 0 without one.
     """
 
     num_pages: int
@@ -27,9 +29,11 @@ class Budget:
     page: int
     row: int
     staging: int
+    seat: int = 0
 
     @property
     def total(self) -> int:
+        """Device memory."""
         return self.num_pages * self.page + self.rows * self.row + self.staging
 
 
@@ -55,10 +59,14 @@ def serving_strategy(strategy: Strategy, max_model_len: int, extents: int) -> tu
 
     A dense store becomes a pool whose pages are as long as the longest request: one page, reserved whole, for each.
     """
+    if isinstance(strategy.store, HostStore):
+        if strategy.store.transfer == "driven":
+            raise SpecError("the host drives the layers of a whole batch (--transfer=driven) offline only; under load use jit or device")
+        return strategy, True
     if isinstance(strategy.store, PagedStore):
         return Strategy(strategy.policy, dataclasses.replace(strategy.store, extents=extents)), False
     if not isinstance(strategy.store, DenseStore):
-        raise SpecError(f"{strategy.describe()}: the engine serves the dense and the paged store")
+        raise SpecError(f"{strategy.describe()}: the engine serves the dense, the paged and the host store")
     capacity = Need(Strategy(strategy.policy, PagedStore(1)), max_model_len, True).capacity
     return Strategy(strategy.policy, PagedStore(capacity, extents)), True
 
@@ -68,12 +76,18 @@ def staged_slots(max_model_len: int) -> int:
     return -(-max(max_model_len - 1, 1) // 128) * 128
 
 
-def spend(need: Need, shape: CacheShape, memory: int, max_num_seqs: int) -> Budget:
-    """Rows and pages for `memory` bytes. Raises InputError when not even one request of the greatest length fits."""
+def spend(need: Need, shape: CacheShape, memory: int, max_num_seqs: int, host_memory: int | None = None) -> Budget:
+    """Rows and pages for `memory` bytes. Raises InputError when not even one request of the greatest length fits.
+
+    Args:
+      host_memory: bytes for the pool of a host store; None: twice the seats that there are rows.
+    """
     policy, store = need.strategy.policy, need.strategy.store
-    assert isinstance(store, PagedStore)
     item = jnp.dtype(shape.dtype).itemsize
     slot = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * item
+    if isinstance(store, HostStore):
+        return _spend_on_host_rows(need, shape, memory, max_num_seqs, host_memory)
+    assert isinstance(store, PagedStore)
     page = slot * store.page_size
     heads = shape.num_kv_heads if policy.per_head else 1
     widest = need.pages(need.capacity)
@@ -93,3 +107,30 @@ def spend(need: Need, shape: CacheShape, memory: int, max_num_seqs: int) -> Budg
     while rows > 1 and (memory - staging - rows * row) // page < max(rows, widest):
         rows -= 1
     return Budget((memory - staging - rows * row) // page, rows, page, row, staging)
+
+
+def _spend_on_host_rows(need: Need, shape: CacheShape, memory: int, max_num_seqs: int, host_memory: int | None) -> Budget:
+    """`spend` for a host store: rows by what they have on the device, seats by host memory."""
+    policy, store = need.strategy.policy, need.strategy.store
+    assert isinstance(store, HostStore)
+    item, slots = jnp.dtype(shape.dtype).itemsize, need.capacity
+    seat = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * item * slots
+    partial = policy.partial_columns(shape.head_dim) if policy.speculates else 0
+    row = max(shape.num_layers - policy.full_layers, 0) * shape.num_kv_heads * partial * slots * item
+    row += 2 * 2 * shape.num_kv_heads * shape.head_dim * (slots + 1) * item  # keys and values of two layers, staged
+    staging = 0
+    if need.stages:
+        row += shape.num_layers * shape.num_kv_heads * (slots * (4 + 4 * policy.keeps_score) + 4)
+        staging = staged_slots(need.max_model_len) * (seat // slots + shape.num_layers * shape.num_kv_heads * 4 * policy.keeps_score)
+    if store.transfer == "device":  # its pool is device memory too
+        row, seat = row + seat, 0
+    rows = min(max_num_seqs, (memory - staging) // row)
+    if rows < 1:
+        raise InputError(
+            f"kv_memory of {memory} bytes is too small for {need.strategy.describe()}: a request of max_model_len={need.max_model_len} has "
+            f"{row} bytes on the device, and {staging} stage prompts; give more memory or a smaller max_model_len"
+        )
+    seats = rows if not seat else 2 * rows if host_memory is None else host_memory // seat
+    if seats < 1:
+        raise InputError(f"host_memory of {host_memory} bytes is too small: one request of max_model_len={need.max_model_len} takes {seat}")
+    return Budget(seats, min(rows, seats), 0, row, staging, seat)

@@ -14,7 +14,7 @@ from kvjax.errors import InputError
 from kvjax.generation import PrefillPlan, check_vocabulary, decode_program, score, stream
 from kvjax.models import Model
 from kvjax.models.tokenizer import ByteTokenizer
-from kvjax.quality import fidelity, recall
+from kvjax.quality import fidelity, recall, speculation
 from kvjax.sampling import Sampling
 
 Progress = Callable[[str], None]
@@ -79,6 +79,8 @@ class Measurement:
       fidelity: against the full cache, by name; empty if not asked for.
       recall: share of questions answered, by the depth of the fact; empty unless the workload asks.
       samples: generated token ids per request.
+      transfer: how tokens come from a host store; None for another.
+      speculation: how good the guesses of a policy that speculates are; None for another, or if no quality was asked for.
     """
 
     strategy: str
@@ -89,6 +91,8 @@ class Measurement:
     fidelity: dict[str, fidelity.Estimate]
     recall: dict[float, float]
     samples: list[list[int]]
+    transfer: str | None = None
+    speculation: speculation.Speculation | None = None
 
     @property
     def recall_mean(self) -> float | None:
@@ -141,6 +145,7 @@ def measure(
 ) -> Measurement:
     """Runs a workload under a strategy: generation for the times, then the continuation, teacher-forced, for the quality.
 
+    The guesses of a policy that speculates are judged on the first batch alone: every step of every row gives many of them.
     Every request generates `output_len` tokens whatever they are. A first, untimed batch compiles the programs.
 
     Args:
@@ -191,6 +196,10 @@ def measure(
             host = np.asarray(logits)
             hits += [recall.answered(host[i], test) for i, test in enumerate(workload.tests[where])]
         progress("scored")
+    guesses = None
+    if strategy.policy.speculates and (against is not None or workload.tests):
+        _, rows, _ = next(batches(workload, batch_size))
+        guesses = speculation.audit(model, strategy, rows, prompt_len=prompt_len, prefill=plan)
     quality = fidelity.Comparison(*(np.concatenate(x) for x in zip(*parts, strict=True))).summary(seed) if parts else {}
     return Measurement(
         strategy.describe(),
@@ -201,6 +210,8 @@ def measure(
         quality,
         _by_depth(workload, hits),
         samples,
+        getattr(strategy.store, "transfer", None),
+        guesses,
     )
 
 

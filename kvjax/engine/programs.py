@@ -2,25 +2,30 @@
 
 Dims: R rows of bookkeeping (max_num_seqs), B rows of a call, T pages of a row at most, S tokens of a chunk.
 
-A request has a row, in which its last token and its policy's metadata stand, and pages, in which its keys and values stand. Every call
+A request has a row, in which its last token and its policy's metadata stand, and pages, in which its keys and values stand (in the host
+store one page, its seat in the pool). Every call
 names the rows it is about and brings their lengths and block tables along, packed into one small array from the host; the arrays of the
 cache are donated and stay where they are. Rows beyond the last one mean "nobody": their writes are dropped.
 """
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import CacheShape, Decode, KVState, LayerState, PagedStore, Prefill, Strategy
-from kvjax.cache.stores import page_table
+from kvjax.cache import CacheShape, Decode, HostStore, KVState, LayerState, PagedStore, PageTable, Prefill, Strategy
+from kvjax.cache.stores import Seats, page_table
 from kvjax.generation import apply
 from kvjax.models import Decoder
+from kvjax.models.guide import guides
 from kvjax.sampling import Sampling
 
 Layers = tuple[LayerState, ...]
+
+SAME: Any = object()
 
 HEADER = 5
 """Integers before the block table in a packed row: row, length, prompt length, seed, forced token (-1: the row's own last one)."""
@@ -58,8 +63,23 @@ def _contained(k, v):
 def allocate(strategy: Strategy, shape: CacheShape, num_pages: int, rows: int, capacity: int) -> Layers:
     """The cache of an engine: a pool of pages per layer, metadata for `rows` rows of `capacity` slots."""
     store = strategy.store
-    assert isinstance(store, PagedStore)
-    return tuple(strategy.with_metadata(store.pool(shape, num_pages), shape, rows, capacity) for _ in range(shape.num_layers))
+
+    def layer(index: int) -> LayerState:
+        if isinstance(store, HostStore):
+            pool = strategy.with_partial(store.init(shape, num_pages, capacity), index, rows)
+        else:
+            assert isinstance(store, PagedStore)
+            pool = store.pool(shape, num_pages)
+        return strategy.with_metadata(pool, shape, rows, capacity)
+
+    return tuple(layer(index) for index in range(shape.num_layers))
+
+
+def _shared(programs: Programs, packed: Int[Array, "B HEADER+T"]) -> Seats | PageTable:
+    """Where the rows of a call find their tokens."""
+    if isinstance(programs.strategy.store, HostStore):
+        return Seats(packed[:, HEADER], packed[:, 0])
+    return page_table(packed[:, HEADER:], programs.num_pages)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
@@ -68,7 +88,7 @@ def decode(
 ) -> tuple[Layers, Int[Array, " R"], Int[Array, " B"]]:
     """One token for every row of the call. Returns the cache, every row's last token, and the new tokens (-1: logits not finite)."""
     row, length, prompt_length, seed, forced = packed[:, :HEADER].T
-    kv = KVState(tuple(_rows(layer, row) for layer in layers), length, prompt_length, page_table(packed[:, HEADER:], programs.num_pages))
+    kv = KVState(tuple(_rows(layer, row) for layer in layers), length, prompt_length, _shared(programs, packed))
     last = jnp.where(forced >= 0, forced, tokens.at[row].get(mode="clip"))
     step = Decode(row < tokens.shape[0], programs.strategy)
     logits, kv = apply(programs.decoder, params, last[:, None], kv, step)
@@ -77,14 +97,18 @@ def decode(
     return layers, tokens.at[row].set(jnp.maximum(chosen, 0), mode="drop"), chosen
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def prefill(
-    programs: Programs, params, layers: Layers, packed: Int[Array, "1 HEADER+T"], chunk: Int[Array, "1 S"], num_valid: Int[Array, " 1"]
-) -> tuple[Layers, Float[Array, "1 V"]]:
-    """The next chunk of a prompt, straight into its pages: for policies that keep everything. Returns the last token's logits."""
+    programs: Programs, context: int | None, params, layers: Layers, packed: Int[Array, "1 HEADER+T"], chunk: Int[Array, "1 S"],
+    num_valid: Int[Array, " 1"],
+) -> tuple[Layers, Float[Array, "1 V"]]:  # fmt: skip
+    """The next chunk of a prompt, straight into its pages: for policies that keep everything. Returns the last token's logits.
+
+    `context`: no more tokens are there after the chunk (static; None: no bound).
+    """
     _, length, prompt_length, *_ = packed[:, :HEADER].T
-    kv = KVState(layers, length, prompt_length, page_table(packed[:, HEADER:], programs.num_pages))
-    logits, kv = apply(programs.decoder, params, chunk, kv, Prefill(num_valid, programs.strategy, first=False))
+    kv = KVState(layers, length, prompt_length, _shared(programs, packed))
+    logits, kv = apply(programs.decoder, params, chunk, kv, Prefill(num_valid, programs.strategy, first=False, context=context))
     return kv.layers, logits[:, 0]
 
 
@@ -103,14 +127,14 @@ def stage(
     return kv.layers, logits[:, 0]
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def settle(programs: Programs, context: int, layers: Layers, staging: Layers, packed: Int[Array, "1 HEADER+T"]) -> Layers:
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def settle(programs: Programs, context: int, params, layers: Layers, staging: Layers, packed: Int[Array, "1 HEADER+T"]) -> Layers:
     """Compresses the staged prompt into its pages; `packed` has its full length."""
     row, length, prompt_length, *_ = packed[:, :HEADER].T
-    shared = page_table(packed[:, HEADER:], programs.num_pages)
+    shared = _shared(programs, packed)
     staged = KVState(tuple(_head(layer, context) for layer in staging), length, prompt_length)
     empty = KVState(tuple(_rows(layer, row) for layer in layers), jnp.zeros_like(length), prompt_length, shared)
-    kv = programs.strategy.settle(staged, empty)
+    kv = programs.strategy.settle(staged, empty, guides(params, len(layers)))
     return tuple(_put_rows(layer, new, row) for layer, new in zip(layers, kv.layers, strict=True))
 
 
@@ -124,15 +148,42 @@ def begin(
     return tokens.at[row].set(jnp.maximum(chosen, 0), mode="drop"), chosen
 
 
-@partial(jax.jit, donate_argnums=0)
-def copy(layers: Layers, pages: Int[Array, "2 W"], rows: Int[Array, " 2"]) -> Layers:
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def copy(programs: Programs, layers: Layers, pages: Int[Array, "2 W"], rows: Int[Array, " 2"]) -> Layers:
     """Copies pages (from, to), and a row's metadata (from, to); ids beyond the pool or the rows copy nothing."""
+    store = programs.strategy.store
 
     def one(layer: LayerState) -> LayerState:
-        store = PagedStore(layer.store.k[0].shape[-1]).copy_pages(layer.store, pages[0], pages[1])
-        return _put_rows(dataclasses.replace(layer, store=store), _rows(layer, rows[:1], store), rows[1:])
+        new: Any
+        if isinstance(store, HostStore):
+            new = store.copy_seats(layer.store, pages[0], pages[1], rows)
+        else:
+            assert isinstance(store, PagedStore)
+            new = store.copy_pages(layer.store, pages[0], pages[1])
+        return _put_rows(dataclasses.replace(layer, store=new), _rows(layer, rows[:1], new), rows[1:])
 
     return tuple(one(layer) for layer in layers)
+
+
+@partial(jax.jit, static_argnums=0)
+def swap_out(programs: Programs, layers: Layers, row: Int[Array, " 1"]) -> Layers:
+    """What the device holds of a row, without its seat in the host pool: partial keys (as the `store`) and metadata."""
+    store = programs.strategy.store
+    assert isinstance(store, HostStore)
+    return tuple(_rows(layer, row, store.take_row(layer.store, row[0])) for layer in layers)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def swap_in(programs: Programs, layers: Layers, saved: Layers, row: Int[Array, " 1"]) -> Layers:
+    """Puts what `swap_out` gave into a row."""
+    store = programs.strategy.store
+    assert isinstance(store, HostStore)
+
+    def one(layer: LayerState, old: LayerState) -> LayerState:
+        new = store.put_row(layer.store, row[0], old.store)
+        return _put_rows(layer, LayerState(new, old.position, old.score, old.next_slot), row)
+
+    return tuple(one(layer, old) for layer, old in zip(layers, saved, strict=True))
 
 
 def _choose(sampling: Sampling, logits, seed, position) -> Int[Array, " B"]:
@@ -140,10 +191,10 @@ def _choose(sampling: Sampling, logits, seed, position) -> Int[Array, " B"]:
     return jnp.where(jnp.isfinite(logits).all(-1), chosen, -1)
 
 
-def _rows(layer: LayerState, row: Int[Array, " B"], store=None) -> LayerState:
+def _rows(layer: LayerState, row: Int[Array, " B"], store: Any = SAME) -> LayerState:
     """The metadata of these rows, over the whole store."""
     position, score, next_slot = jax.tree.map(lambda x: x.at[row].get(mode="clip"), (layer.position, layer.score, layer.next_slot))
-    return LayerState(layer.store if store is None else store, position, score, next_slot)
+    return LayerState(layer.store if store is SAME else store, position, score, next_slot)
 
 
 def _put_rows(layer: LayerState, new: LayerState, row: Int[Array, " B"]) -> LayerState:

@@ -15,7 +15,7 @@ import heapq
 import numpy as np
 from jaxtyping import Int
 
-from kvjax.cache import PagedStore, Strategy
+from kvjax.cache import HostStore, PagedStore, Strategy
 from kvjax.engine.blocks import BlockManager, OutOfBlocks
 
 
@@ -49,6 +49,7 @@ class Sequence:
       computed: tokens of `target` whose prefill has been dispatched.
       target: tokens its prefill feeds: the prompt, and after a preemption what had been generated where that gives the same state.
       replay: generated tokens fed once more through decoding after a preemption.
+      swapped: tokens it has in its pages while it waits without a row (preemption by swap); -1: none.
     """
 
     id: int
@@ -66,6 +67,7 @@ class Sequence:
     computed: int = 0
     target: Int[np.ndarray, " S"] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     replay: int = 0
+    swapped: int = -1
     preemptions: int = 0
     reason: str | None = None
 
@@ -95,15 +97,17 @@ class Turn:
       decode: sequences that get a token each.
       chunks: pieces of prefills, in order.
       copies: (from, to) pages to copy before anything else.
+      resumed: sequences that have got a row again for the pages they had kept; they decode from the next turn on.
     """
 
     decode: list[Sequence]
     chunks: list[Chunk]
     copies: list[tuple[int, int]]
+    resumed: list[Sequence] = dataclasses.field(default_factory=list)
 
     @property
     def empty(self) -> bool:
-        return not (self.decode or self.chunks or self.copies)
+        return not (self.decode or self.chunks or self.copies or self.resumed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,13 +143,13 @@ class Need:
     @property
     def grows(self) -> bool:
         """Whether a request takes pages as it gets longer; otherwise it takes all it can ever use when it is admitted."""
-        return self.strategy.policy.budget(1) is None and not self.contiguous
+        return self.strategy.policy.kept_tokens(1) is None and not self.contiguous
 
     @functools.cached_property
     def capacity(self) -> int:
         """Slots of the longest row there can be."""
         longest = self.max_model_len
-        if self.strategy.policy.budget(1) is None:
+        if self.strategy.policy.kept_tokens(1) is None:
             return longest
         return max(self.strategy.slots(prompt, longest) for prompt in range(1, longest + 1))
 
@@ -161,11 +165,11 @@ class Need:
     @property
     def stages(self) -> bool:
         """Whether a prompt stands outside the pool until it is complete and compressed."""
-        return self.strategy.policy.budget(1) is not None
+        return self.strategy.policy.kept_tokens(1) is not None
 
     def held(self, prompt: int, length: int) -> int:
         """Tokens per kv head that a request holds once `length` tokens have been fed."""
-        budget = self.strategy.policy.budget(prompt)
+        budget = self.strategy.policy.kept_tokens(prompt)
         if budget is None:
             return length
         if self.strategy.policy.evicts_in_decode:
@@ -174,8 +178,14 @@ class Need:
 
     def pages(self, slots: int) -> int:
         store = self.strategy.store
-        assert isinstance(store, PagedStore)
+        assert isinstance(store, PagedStore | HostStore)
         return store.pages_of(slots)
+
+    @property
+    def page_size(self) -> int:
+        """Slots of a page; a seat of the host store holds the longest row."""
+        store = self.strategy.store
+        return store.page_size if isinstance(store, PagedStore) else self.capacity
 
 
 class Scheduler:
@@ -213,14 +223,24 @@ class Scheduler:
         """Takes a sequence out, wherever it is, and gives back what it holds."""
         if sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
+            if sequence.swapped >= 0:
+                self.blocks.release(sequence.id)
+                sequence.swapped = -1
         elif sequence.row >= 0:
             self._leave(sequence)
         sequence.status = status
 
-    def preempt(self, sequence: Sequence) -> None:
-        """Takes pages and row from a sequence and puts it in front of the queue; all its tokens must be known on the host."""
+    def preempt(self, sequence: Sequence, swap: bool = False) -> None:
+        """Takes pages and row from a sequence and puts it in front of the queue; all its tokens must be known on the host.
+
+        `swap`: it keeps its pages, and goes on where it was as soon as it has a row again.
+        """
         assert sequence.dispatched == len(sequence.outputs), "a token is still being computed"
-        self._leave(sequence)
+        if swap:
+            assert sequence.status is Status.RUNNING
+            assert not sequence.replay
+            sequence.swapped = int(self.length[sequence.row])
+        self._leave(sequence, keep_pages=swap)
         sequence.status = Status.WAITING
         sequence.preemptions += 1
         self.preemptions += 1
@@ -247,13 +267,23 @@ class Scheduler:
         copies = self._grow(decode) if self.need.grows else []
         budget = max(self.limits.max_num_batched_tokens - len(decode), 1)
         chunks: list[Chunk] = []
+        resumed: list[Sequence] = []
         for sequence in list(self.prefilling):
             budget -= self._advance(sequence, budget, chunks)
-        while budget > 0 and self.waiting and self._admit(self.waiting[0]):
-            budget -= self._advance(self.prefilling[-1], budget, chunks)
+        while budget > 0 and self.waiting:
+            head = self.waiting[0]
+            if head.swapped >= 0:
+                if not self._rows:
+                    break
+                self._resume(head)
+                resumed.append(head)
+            elif self._admit(head):
+                budget -= self._advance(head, budget, chunks)
+            else:
+                break
         rows = [s.row for s in decode]
         self.length[rows] += 1
-        return Turn(decode, chunks, copies)
+        return Turn(decode, chunks, copies, resumed)
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         """Gives `child` a row with what `parent` holds: the same pages where the state may be shared, as many of its own otherwise.
@@ -314,6 +344,14 @@ class Scheduler:
         self.prefilling.append(sequence)
         return True
 
+    def _resume(self, sequence: Sequence) -> None:
+        """Gives a sequence that waits with its pages a row; its last token is known and has not been fed."""
+        self.waiting.popleft()
+        self._enter(sequence)
+        self.length[sequence.row] = sequence.swapped
+        sequence.status, sequence.swapped, sequence.replay = Status.RUNNING, -1, 1
+        self.running.append(sequence)
+
     def _advance(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         """Plans chunks of a prefill within the budget; returns the tokens planned."""
         planned = 0
@@ -370,10 +408,11 @@ class Scheduler:
         self.pages[sequence.row, : len(table)] = table
         self.slots[sequence.row] = len(table) * self.blocks.block_size
 
-    def _leave(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: Sequence, keep_pages: bool = False) -> None:
         """Gives back row and pages."""
         (self.prefilling if sequence.status is Status.PREFILL else self.running).remove(sequence)
-        self.blocks.release(sequence.id)
+        if not keep_pages:
+            self.blocks.release(sequence.id)
         self._forked.discard(sequence.id)
         self.pages[sequence.row] = self.no_page
         self.slots[sequence.row] = self.length[sequence.row] = 0

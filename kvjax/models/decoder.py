@@ -9,6 +9,7 @@ Weight matrices are stored `[out, in]`, as in Hugging Face checkpoints. On a CPU
 matrix products of batched decoding.
 """
 
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kvjax.models.config import OPT_POSITION_OFFSET, Activation, Llama3Scaling, ModelConfig, Norm, Rope
+from kvjax.models.guide import Guide, QueryGuide
 
 KV = TypeVar("KV")
 
@@ -29,10 +31,15 @@ class Step(Protocol[KV]):
         """True position of every token of this call."""
         ...
 
+    def look_ahead(self, layer: int, queries: Callable[[], Float[Array, "B Hkv G P"] | None], kv: KV) -> KV:
+        """Prepare for layer `layer + 1`, of which `queries` guesses partial queries (scaled, of the first token); None without a guide."""
+        ...
+
     def attend(
-        self, layer: int, q: Float[Array, "B S H D"], k: Float[Array, "B S Hkv D"], v: Float[Array, "B S Hkv D"], kv: KV
-    ) -> tuple[Float[Array, "B S H D"], KV]:
-        """Store `k` and `v` (keys already rotated) and attend; q is not scaled yet."""
+        self, layer: int, q: Float[Array, "B S H D"], k: Float[Array, "B S Hkv D"], v: Float[Array, "B S Hkv D"], kv: KV,
+        guide: Guide | None,
+    ) -> tuple[Float[Array, "B S H D"], KV]:  # fmt: skip
+        """Store `k` and `v` (keys already rotated) and attend; q is not scaled yet. `guide`: this layer's, if the model has one."""
         ...
 
     def hidden(self, x: Float[Array, "B S M"]) -> Float[Array, "B T M"]:
@@ -118,6 +125,9 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, rotation, kv, step):
         config = self.config
+        guide = self.get_variable("guide", "guide") if self.has_variable("guide", "guide") else None
+        following = None if guide is None else guide.following
+        kv = step.look_ahead(self.layer, lambda: None if following is None else guess_queries(config, following, x, rotation), kv)
 
         def project(name: str, heads: int):
             y = Linear(heads * config.head_dim, config.qkv_bias, self.dtype, name=name)(x)
@@ -130,9 +140,27 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
 
-        out, kv = step.attend(self.layer, q, k, v, kv)
+        out, kv = step.attend(self.layer, q, k, v, kv, guide)
         out = out.reshape(*out.shape[:-2], config.num_heads * config.head_dim)
         return Linear(config.hidden_size, config.output_bias, self.dtype, name="o")(out), kv
+
+
+def guess_queries(config: ModelConfig, guide: QueryGuide, x: Float[Array, "B S M"], rotation) -> Float[Array, "B Hkv G P"]:
+    """Partial queries of a layer from the attention input of the layer before it (InfiniGen, section 4.2), scaled; of the first token."""
+    y = matmul(x[:, :1], guide.weight, x.dtype)
+    if guide.bias is not None:
+        y += guide.bias
+    heads, groups = config.num_kv_heads, config.group_size
+    if guide.project is None:
+        partial = y.reshape(y.shape[0], heads, groups, -1)
+    else:
+        q = y.reshape(y.shape[0], 1, config.num_heads, config.head_dim)
+        if guide.norm is not None:
+            q = rms_norm(q, guide.norm, config.norm_eps)
+        if rotation is not None:
+            q = rotate(q, rotation)
+        partial = jnp.einsum("bngd,ndp->bngp", q.reshape(q.shape[0], heads, groups, -1), guide.project)
+    return partial * config.head_dim**-0.5
 
 
 class Mlp(nn.Module):

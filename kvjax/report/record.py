@@ -1,4 +1,7 @@
-"""One flat JSON record a run: settings, latency under the keys of `vllm bench serve`, `kv_*` bytes, `fidelity_*` and `task_*` quality."""
+"""One flat JSON record a run: settings, latency under the keys of `vllm bench serve`, `kv_*` bytes, and quality.
+
+Quality comes as `fidelity_*`, `task_*` and, of policies that speculate, `speculation_*`.
+"""
 
 import dataclasses
 import datetime
@@ -50,6 +53,8 @@ def record(measurement: Measurement, model: Model, workload: Workload, options: 
         quality["task_recall"] = measurement.recall_mean
         quality |= {f"task_recall_depth_{depth:g}": share for depth, share in measurement.recall.items()}
         quality["task_questions_per_depth"] = len(workload.tests)
+    if measurement.speculation is not None:
+        quality |= measurement.speculation.record()
     return {
         **setting(),
         "model_id": model.config.name,
@@ -63,8 +68,20 @@ def record(measurement: Measurement, model: Model, workload: Workload, options: 
         "failed": 0,
         **measurement.latency,
         **measurement.ledger.record(),
+        **_transfer(measurement, options),
         **quality,
     }
+
+
+def _transfer(measurement: Measurement, options: dict[str, Any]) -> dict[str, Any]:
+    """How tokens come from a host store, and what a link of a stated speed would take: the bytes are counted, that time is modelled."""
+    if measurement.transfer is None:
+        return {}
+    found: dict[str, Any] = {"transfer": measurement.transfer}
+    if (speed := options.get("link_gbps")) is not None:
+        moved = measurement.ledger.bytes_moved_per_token * options["batch_size"]
+        found["modelled_link_ms_per_step"] = moved / (speed * 1e9) * 1e3
+    return found
 
 
 def load_record(

@@ -131,10 +131,16 @@ _SECTIONS: list[tuple[str, list[tuple[str, Callable[[Record], str]]]]] = [
                 lambda r: _bytes("kv_device_fragmentation_bytes")(r) if r.get("kv_device_fragmentation_bytes") else "",
             ),
             ("host", lambda r: _bytes("kv_host_total_bytes")(r) if r.get("kv_host_total_bytes") else ""),
+            ("  live keys and values", lambda r: _bytes("kv_host_live_bytes")(r) if r.get("kv_host_total_bytes") else ""),
             ("decode scratch", _bytes("kv_transient_bytes")),
             ("full cache would need", _bytes("kv_logical_bytes")),
             ("tokens kept", _percent("kept_fraction")),
             ("read per token", _bytes("kv_bytes_read_per_token")),
+            ("moved from host per token", lambda r: _bytes("kv_bytes_moved_per_token")(r) if r.get("kv_host_total_bytes") else ""),
+            ("  of what is held", _percent("kv_fetched_fraction")),
+            ("  wanted", _percent("kv_wanted_fraction")),
+            ("fetch, hidden behind other work", _percent("fetch_hidden_fraction")),
+            ("modelled link time per step (ms)", _number("modelled_link_ms_per_step", "{:.3f}")),
         ],
     ),
     (
@@ -146,6 +152,16 @@ _SECTIONS: list[tuple[str, list[tuple[str, Callable[[Record], str]]]]] = [
             ("same top token (%)", _estimate("fidelity_same_top1", "{:.1f}", 100)),
             ("NLL delta (nats)", _estimate("fidelity_nll_delta", "{:+.4f}")),
             ("first divergence (step)", _estimate("fidelity_first_divergence_step", "{:.1f}")),
+        ],
+    ),
+    (
+        "speculation (guess against the truth)",
+        [
+            ("precision (%)", _estimate("speculation_precision", "{:.1f}", 100)),
+            ("recall (%)", _estimate("speculation_recall", "{:.1f}", 100)),
+            ("attention mass covered (%)", _estimate("speculation_mass_covered", "{:.1f}", 100)),
+            ("tokens fetched", _estimate("speculation_fetched", "{:.1f}")),
+            ("tokens within reach of the true maximum", _estimate("speculation_near", "{:.1f}")),
         ],
     ),
 ]

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.cache import CacheShape, DenseStore, KVState, Policy, Slots, Store, Strategy, ledger
+from kvjax.cache import CacheShape, DenseStore, HostStore, KVState, Policy, Slots, Store, Strategy, ledger
 from kvjax.cache.ledger import nbytes
 from kvjax.cache.policies import Full
 from kvjax.cache.strategy import highest, lowest
 from kvjax.errors import SpecError
-from kvjax.testing.driver import SHAPE, Tokens, Trace, kept, masked_attention, random_tokens, run
+from kvjax.models.guide import Guide
+from kvjax.testing.driver import SHAPE, Tokens, Trace, guide, kept, masked_attention, partial_queries, random_tokens, run
 
 TOLERANCE = 2e-5
 """For float32 outputs of order one; the sums run over tens of terms."""
@@ -73,7 +74,7 @@ def check_strategy(policy: Policy | Strategy, store: Store | None = None, seed: 
 def ample_budget_equals_full(strategy: Strategy, rng: np.random.Generator) -> None:
     """With a budget of at least the whole length, a strategy is the full cache."""
     try:
-        ample = Strategy(strategy.policy.with_budget(2 * (PROMPT + STEPS)), strategy.store)
+        ample = Strategy(strategy.policy.ample(2 * (PROMPT + STEPS)), strategy.store)
     except SpecError as error:
         raise Skip(f"no way to set its budget: {error}") from None
     tokens = random_tokens(rng, 2, PROMPT + STEPS)
@@ -108,7 +109,7 @@ def budget_holds_and_nothing_returns(strategy: Strategy, rng: np.random.Generato
     """The kept set stays within the budget, the store within budget + 1 slots, and an evicted token never comes back."""
     lengths = np.array([PROMPT, PROMPT - 9, 3])
     trace = run(strategy, random_tokens(rng, 3, PROMPT + STEPS), lengths, STEPS)
-    budget = strategy.policy.budget(PROMPT)
+    budget = strategy.policy.kept_tokens(PROMPT)
     if budget is None:
         raise Skip("it keeps everything")
     capacity = strategy.store.capacity(trace.states[0].layers[0].store, trace.states[0].shared)
@@ -116,7 +117,7 @@ def budget_holds_and_nothing_returns(strategy: Strategy, rng: np.random.Generato
         need = strategy.store.rounded(min(budget + 1, PROMPT + STEPS))
         assert capacity == need, f"{capacity} slots for a budget of {budget}, {need} would do"
     for row, length in enumerate(lengths):
-        limit = strategy.policy.budget(int(length))
+        limit = strategy.policy.kept_tokens(int(length))
         for head in range(SHAPE.num_kv_heads):
             before: set[int] = set(range(int(length)))
             for step, state in enumerate(trace.states):
@@ -133,7 +134,7 @@ def budget_holds_and_nothing_returns(strategy: Strategy, rng: np.random.Generato
 def protected_survive_ties(strategy: Strategy, rng: np.random.Generator) -> None:
     """With all scores equal, protected tokens stay, and of the others the lower positions."""
     policy = strategy.policy
-    budget = policy.budget(PROMPT)
+    budget = policy.kept_tokens(PROMPT)
     if budget is None:
         raise Skip("it keeps everything")
     heads = SHAPE.num_kv_heads if policy.per_head else 1
@@ -173,14 +174,14 @@ def chunks_change_nothing(strategy: Strategy, rng: np.random.Generator) -> None:
 
 def bounded_chunks_stay_bounded(strategy: Strategy, rng: np.random.Generator) -> None:
     """A prompt in chunks, cut back after each, never occupies more slots than the budget and still decodes as masked attention."""
-    if strategy.policy.budget(PROMPT) is None:
+    if strategy.policy.kept_tokens(PROMPT) is None:
         raise Skip("it keeps everything")
     tokens = random_tokens(rng, 2, PROMPT + STEPS)
     lengths = np.array([PROMPT, PROMPT - 9])
     trace = run(strategy, tokens, lengths, STEPS, chunk=CHUNK, bounded=True)
     for row in range(2):
         for head in range(SHAPE.num_kv_heads):
-            assert len(kept(trace.states[0], row, head)) == min(strategy.policy.budget(int(lengths[row])), int(lengths[row]))
+            assert len(kept(trace.states[0], row, head)) == min(strategy.policy.kept_tokens(int(lengths[row])), int(lengths[row]))
         held = [set(kept(trace.states[0], row, head)) | {int(lengths[row])} for head in range(SHAPE.num_kv_heads)]
         want = masked_attention(strategy, tokens, row, int(lengths[row]), held, int(lengths[row]))
         _close(trace.outs[row, 0], want, f"row {row}: masked full attention")
@@ -220,6 +221,8 @@ def _row_arrays(strategy: Strategy, kv: KVState) -> list[np.ndarray]:
 
 def rope_is_relative(strategy: Strategy, rng: np.random.Generator) -> None:
     """Keys and queries rotated from another starting point give the same outputs: nothing re-numbers positions inside the cache."""
+    if strategy.policy.speculates:  # some columns of rotated keys do not tell distance, so what is read may differ
+        strategy = Strategy(strategy.policy.ample(2 * (PROMPT + STEPS)), strategy.store)
     seed = rng.integers(1 << 31)
     here, there = (random_tokens(np.random.default_rng(seed), 1, PROMPT + STEPS, offset) for offset in (0, 100))
     lengths = np.array([PROMPT])
@@ -228,7 +231,7 @@ def rope_is_relative(strategy: Strategy, rng: np.random.Generator) -> None:
 
 def odd_lengths(strategy: Strategy, rng: np.random.Generator) -> None:
     """Prompts of one token, shorter than the budget, at it, and one beyond, together and one token alone; decoding to the last slot."""
-    budget = strategy.policy.budget(PROMPT) or PROMPT
+    budget = strategy.policy.kept_tokens(PROMPT) or PROMPT
     for lengths in ([1], [1, max(1, budget - 1), budget, budget + 1]):
         tokens = random_tokens(rng, len(lengths), max(lengths) + STEPS)
         trace = run(strategy, tokens, np.array(lengths), STEPS)
@@ -258,7 +261,8 @@ def no_retrace(strategy: Strategy, rng: np.random.Generator) -> None:
     def step(kv: KVState, q, k, v, active):
         nonlocal traces
         traces += 1
-        _, layer = strategy.decode(kv.layers[0], q, k, v, kv, active)
+        kv = strategy.look_ahead(-1, lambda: partial_queries(strategy, q), kv, active)
+        _, layer = strategy.decode(kv.layers[0], q, k, v, kv, active, guide(strategy))
         return dataclasses.replace(kv.with_layer(0, layer), length=kv.length + active)
 
     kv = run(strategy, random_tokens(rng, 2, PROMPT), np.array([PROMPT, 3]), 0).states[-1]
@@ -275,8 +279,9 @@ def ledger_adds_up(strategy: Strategy, rng: np.random.Generator) -> None:
     leaves = sum(leaf.nbytes for leaf in jax.tree.leaves(kv))
     assert books.device.total + books.host.total == leaves, f"ledger {books.device.total + books.host.total} bytes, arrays {leaves}"
     pairs = sum(len(kept(kv, row, head)) for row in range(2) for head in range(SHAPE.num_kv_heads))
-    assert books.device.live == pairs * 2 * SHAPE.head_dim * 4, f"{books.device.live} live bytes for {pairs} kept (token, head) pairs"
-    assert min(books.device.live, books.device.metadata, books.device.empty, books.device.fragmentation) >= 0
+    live = books.device.live + books.host.live
+    assert live == pairs * 2 * SHAPE.head_dim * 4, f"{live} live bytes for {pairs} kept (token, head) pairs"
+    assert min(min(dataclasses.astuple(tier)) for tier in (books.device, books.host)) >= 0
     program = _decode_program(strategy, batch=2, prompt=PROMPT, shape=SHAPE)
     analysis = _memory(program)
     expected = nbytes(strategy.init(SHAPE, [PROMPT] * 2, PROMPT, STEPS))
@@ -287,6 +292,7 @@ def donation_leaves_no_copy(strategy: Strategy, rng: np.random.Generator) -> Non
     """Growing the cache grows no temporary of its size, at batch 1 and 8, and the program copies nothing of a cache array's shape."""
     shape = CacheShape(num_layers=2, num_kv_heads=2, group_size=2, head_dim=64, dtype=jnp.dtype(jnp.float32))
     del rng
+    staged = 4 if isinstance(strategy.store, HostStore) else 0  # keys and values of this layer and of the next
     for batch in (1, 8):
         temps, layer_bytes, text = [], [], ""
         for prompt in (512, 2048):
@@ -297,7 +303,8 @@ def donation_leaves_no_copy(strategy: Strategy, rng: np.random.Generator) -> Non
             keys = jax.tree.leaves(state.layers[0].store)[0]
             layer_bytes.append(nbytes(keys))
         grown, cache_grown = temps[1] - temps[0], layer_bytes[1] - layer_bytes[0]
-        assert grown <= max(0.5 * cache_grown, 16_384), f"batch {batch}: scratch grows {grown} bytes, a layer's keys {cache_grown}"
+        most = max((0.5 + staged) * cache_grown, 16_384)
+        assert grown <= most, f"batch {batch}: scratch grows {grown} bytes, a layer's keys {cache_grown}"
         dims = ",".join(map(str, keys.shape))
         copies = [line.strip() for line in text.splitlines() if " copy(" in line and f"f32[{dims}]" in line.split("copy(")[0]]
         assert not copies, f"batch {batch}: the program copies the cache: {copies[0]}"
@@ -305,12 +312,16 @@ def donation_leaves_no_copy(strategy: Strategy, rng: np.random.Generator) -> Non
 
 def _decode_program(strategy: Strategy, batch: int, prompt: int, shape: CacheShape) -> jax.stages.Compiled:
     """A donated decode step through every layer of a state, compiled from shapes."""
+    columns = strategy.policy.partial_columns(shape.head_dim) if strategy.policy.speculates else 0
+    ones = Guide(jnp.ones((shape.num_kv_heads, shape.head_dim, columns), jnp.float32), None)
 
     def step(kv: KVState, q, k, v, active):
         out = q
         for index in range(shape.num_layers):
-            out, layer = strategy.decode(kv.layers[index], out, k, v, kv, active)
+            out, layer = strategy.decode(kv.layers[index], out, k, v, kv, active, ones)
             kv = kv.with_layer(index, layer)
+            queries = out.reshape(batch, shape.num_kv_heads, shape.group_size, -1)[..., :columns]
+            kv = strategy.look_ahead(index, partial(jnp.asarray, queries), kv, active)
         return out, dataclasses.replace(kv, length=kv.length + active)
 
     state = jax.eval_shape(partial(strategy.init, shape, [prompt] * batch, prompt, STEPS))

@@ -6,13 +6,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from kvjax.cache import CacheShape, KVState, PageTable, Strategy
 from kvjax.cache.attention import NEG_INF
 from kvjax.cache.stores import page_table
 from kvjax.models.config import Rope
 from kvjax.models.decoder import rope_angles, rotate
+from kvjax.models.guide import Guide
 
 SHAPE = CacheShape(num_layers=1, num_kv_heads=2, group_size=2, head_dim=16, dtype=jnp.dtype(jnp.float32))
 
@@ -88,7 +89,7 @@ def run(
     chunk = chunk or longest
     whole = chunk >= longest
     final = _shuffled(strategy.init(SHAPE, lengths, longest, max(steps, 1), fill))
-    kv = final if whole or bounded or strategy.policy.budget(1) is None else strategy.stage(SHAPE, lengths, longest, fill)
+    kv = final if whole or bounded or strategy.policy.kept_tokens(1) is None else strategy.stage(SHAPE, lengths, longest, fill)
     pieces = []
     for start in range(0, longest, chunk):
         at = start + np.arange(chunk)
@@ -115,19 +116,38 @@ def run(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def prefill_call(strategy: Strategy, first: bool, kv: KVState, q, k, v, valid):
-    out, layer = strategy.prefill(kv.layers[0], q, k, v, kv, valid, first)
+    out, layer = strategy.prefill(kv.layers[0], q, k, v, kv, valid, first, guide=guide(strategy))
     return out, dataclasses.replace(kv.with_layer(0, layer), length=kv.length + valid.sum(-1))
 
 
 @partial(jax.jit, static_argnums=0)
 def settle_call(strategy: Strategy, staged: KVState, empty: KVState) -> KVState:
-    return strategy.settle(staged, empty)
+    return strategy.settle(staged, empty, (guide(strategy),))
 
 
 @partial(jax.jit, static_argnums=0)
 def decode_call(strategy: Strategy, kv: KVState, q, k, v, active):
-    out, layer = strategy.decode(kv.layers[0], q, k, v, kv, active)
+    kv = strategy.look_ahead(-1, lambda: partial_queries(strategy, q), kv, active)
+    out, layer = strategy.decode(kv.layers[0], q, k, v, kv, active, guide(strategy))
     return out, dataclasses.replace(kv.with_layer(0, layer), length=kv.length + active)
+
+
+def guide(strategy: Strategy) -> Guide | None:
+    """Random orthogonal columns for a policy that speculates. Its queries are known here, so it guesses from the true ones."""
+    if not strategy.policy.speculates:
+        return None
+    columns = strategy.policy.partial_columns(SHAPE.head_dim)
+    turns = np.random.default_rng(0).standard_normal((SHAPE.num_kv_heads, SHAPE.head_dim, SHAPE.head_dim))
+    return Guide(jnp.asarray(np.linalg.qr(turns)[0][..., :columns], jnp.float32), None)
+
+
+def partial_queries(strategy: Strategy, q: Float[Array, "B 1 H D"]) -> Float[Array, "B Hkv G P"] | None:
+    """The partial queries of a step, scaled; None without a policy that speculates."""
+    found = guide(strategy)
+    if found is None:
+        return None
+    grouped = q.reshape(q.shape[0], SHAPE.num_kv_heads, SHAPE.group_size, SHAPE.head_dim)
+    return jnp.einsum("bngd,ndp->bngp", grouped, found.key) * SHAPE.head_dim**-0.5
 
 
 def kept(kv: KVState, row: int, head: int) -> dict[int, int]:
@@ -142,7 +162,8 @@ def kept(kv: KVState, row: int, head: int) -> dict[int, int]:
 def masked_attention(strategy: Strategy, tokens: Tokens, row: int, at: int, held: list[set[int]], prompt_length: int) -> np.ndarray:
     """Naive oracle: full attention of query `at`, masked per kv head to the positions in `held`; [H, D], float64.
 
-    What the policy reads within them is its own `readable`, asked with the oracle's logits.
+    What the policy reads within them is its own `readable`, asked with the oracle's logits, or its own `select`, asked with logits of
+    partial keys.
     """
     span = at + 1
     logits = np.full((SHAPE.num_kv_heads, SHAPE.group_size, span), NEG_INF)
@@ -154,10 +175,31 @@ def masked_attention(strategy: Strategy, tokens: Tokens, row: int, at: int, held
     chosen = strategy.policy.readable(jnp.asarray(logits[None], jnp.float32), jnp.asarray([prompt_length], jnp.int32))
     if chosen is not None:
         logits = np.where(np.asarray(chosen)[0], logits, NEG_INF)
+    if strategy.policy.speculates:
+        logits = np.where(_selected(strategy, tokens, row, at, held)[:, None], logits, NEG_INF)
     probs = np.exp(logits - logits.max(-1, keepdims=True))
     probs /= probs.sum(-1, keepdims=True)
     values = tokens.v[row, :span].transpose(1, 0, 2).astype(np.float64)  # [Hkv, span, D]
     return np.einsum("hgs,hsd->hgd", probs, values).reshape(-1, SHAPE.head_dim)
+
+
+def _selected(strategy: Strategy, tokens: Tokens, row: int, at: int, held: list[set[int]]) -> np.ndarray:
+    """The positions query `at` reads of those in `held`, its own among them; bool [Hkv, at + 1]."""
+    queries, found = partial_queries(strategy, jnp.asarray(tokens.q[row, at][None, None])), guide(strategy)
+    assert queries is not None
+    assert found is not None
+    keys = np.einsum("sad,adp->asp", tokens.k[row, : at + 1], np.asarray(found.key))
+    guess = np.einsum("agp,asp->ags", np.asarray(queries)[0], keys)
+    visible = np.zeros((SHAPE.num_kv_heads, at + 1), bool)
+    for head in range(SHAPE.num_kv_heads):
+        visible[head, [p for p in held[head] if p < at]] = True
+    slot, count = strategy.policy.select(jnp.asarray(guess[None]), jnp.asarray(visible[None]), jnp.asarray([at], jnp.int32))
+    chosen = np.zeros_like(visible)
+    for head in range(SHAPE.num_kv_heads):
+        chosen[head, np.asarray(slot)[0, head, : int(count[0])]] = True
+    chosen &= visible
+    chosen[:, at] = True
+    return chosen
 
 
 def _shuffled(kv: KVState) -> KVState:

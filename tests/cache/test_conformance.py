@@ -10,31 +10,30 @@ from kvjax.cache import H2O, DenseStore, Full, Policy, Strategy, Streaming, pars
 from kvjax.cache.attention import NEG_INF
 from kvjax.testing import CHECKS, check_strategy, conformance
 
-STRATEGIES = [
-    "full",
-    "streaming(sinks=4,window=12)",
-    "streaming(sinks=0.1,window=0.2)",
-    "h2o(heavy=8,recent=8)",
-    "h2o(heavy=0.1,recent=0.2)",
-    "h2o(heavy=8,recent=8,decode=False)",
-    "h2o(heavy=8,recent=8,group=first)",
-    "h2o(heavy=8,recent=8,group=max)",
-    "oracle_topk(k=6)",
-    "oracle_topk(k=0.2)",
-]
-NOT_APPLICABLE = {
-    "streaming(sinks=0.1,window=0.2)": {"ample_budget_equals_full"},
-    "full": {"budget_holds_and_nothing_returns", "protected_survive_ties", "bounded_chunks_stay_bounded"},
-    "oracle_topk": {"budget_holds_and_nothing_returns", "protected_survive_ties", "bounded_chunks_stay_bounded"},
+ALL = tuple(CHECKS)
+WHAT_IS_KEPT = ("equals_masked_full_attention", "budget_holds_and_nothing_returns", "chunks_change_nothing", "odd_lengths")
+STRATEGIES = {
+    "full": ALL,
+    "streaming(sinks=4,window=12)": ALL,
+    "streaming(sinks=0.1,window=0.2)": WHAT_IS_KEPT,
+    "h2o(heavy=8,recent=8)": ALL,
+    "h2o(heavy=0.1,recent=0.2)": WHAT_IS_KEPT,
+    "h2o(heavy=8,recent=8,decode=False)": ALL,
+    "h2o(heavy=8,recent=8,group=first)": WHAT_IS_KEPT,
+    "h2o(heavy=8,recent=8,group=max)": WHAT_IS_KEPT,
+    "oracle_topk(k=6)": ALL,
+    "oracle_topk(k=0.2)": ("equals_masked_full_attention", "odd_lengths"),
 }
+KEEPS_EVERYTHING = {"budget_holds_and_nothing_returns", "protected_survive_ties", "bounded_chunks_stay_bounded"}
 
 
 @pytest.mark.parametrize("spec", STRATEGIES)
 def test_built_in_strategy_conforms(spec):
-    report = check_strategy(parse_strategy(spec, "dense"))
-    assert [outcome.name for outcome in report.outcomes] == list(CHECKS)
+    checks, strategy = STRATEGIES[spec], parse_strategy(spec, "dense")
+    report = check_strategy(strategy, checks=checks)
+    assert [outcome.name for outcome in report.outcomes] == list(checks)
     skipped = {outcome.name for outcome in report.outcomes if outcome.skipped}
-    assert skipped == NOT_APPLICABLE.get(spec, NOT_APPLICABLE.get(spec.split("(")[0], set()))
+    assert skipped == (KEEPS_EVERYTHING & set(checks) if strategy.policy.kept_tokens(1) is None else set())
 
 
 class SlotBehind(DenseStore):

@@ -109,7 +109,7 @@ def test_whole_numbers_are_tokens_whatever_the_prompt():
 
 
 def test_no_heavy_share_keeps_the_recent_alone():
-    assert H2O(heavy=0.0, recent=0.1).budget(50) == 5
+    assert H2O(heavy=0.0, recent=0.1).kept_tokens(50) == 5
     q, k, v = random_qkv(2, 2, 25)
     found = library(Strategy(H2O(heavy=0, recent=6)), q, k, v, 20)
     assert [sorted(step[1]) for step in found] == [list(range(n - 6, n)) for n in range(20, 26)]

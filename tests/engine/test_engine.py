@@ -90,7 +90,7 @@ def make(model: Model, spec: str = "full", store: str = "paged", page_size: int 
     Tests that ask for the same share its compiled programs.
     """
     strategy = parse_strategy(spec, store, page_size=page_size)
-    scarce = strategy.policy.budget(1) is None and store == "paged"
+    scarce = strategy.policy.kept_tokens(1) is None and store == "paged"
     memory = "512KiB" if not scarce else "160KiB" if page_size == 64 else "128KiB"
     limits: dict[str, Any] = {"max_num_seqs": 3, "max_model_len": LONGEST, "prefill_chunk": 32, "kv_memory": memory, "extents": 1 + scarce}
     return Engine(model, strategy, **limits | options)

@@ -44,10 +44,16 @@ class Policy:
     Class attributes:
       observes: the policy wants the attention mass of every key, summed over queries (`observe`).
       per_head: each kv head keeps its own tokens; False shares one choice, and its metadata, among all heads.
+      speculates: the policy says, before a layer is computed, which tokens it will read (`select`), for
+        all layers but the first `full_layers`.
+      home: the one store the policy can stand in; None: any.
     """
 
     observes: ClassVar[bool] = False
     per_head: ClassVar[bool] = True
+    speculates: ClassVar[bool] = False
+    home: ClassVar[str | None] = None
+    full_layers = 0
 
     @property
     def evicts_in_decode(self) -> bool:
@@ -57,14 +63,14 @@ class Policy:
     @property
     def exact(self) -> bool:
         """Whether every query sees every token before it, so that the state is a function of the tokens, however they were fed."""
-        return self.budget(1) is None and type(self).readable is Policy.readable
+        return self.kept_tokens(1) is None and type(self).readable is Policy.readable
 
     @property
     def keeps_score(self) -> bool:
         """Whether slots carry a statistic: when mass is observed or tokens start with a score of their own."""
         return self.observes or type(self).initial_score is not Policy.initial_score
 
-    def budget(self, prompt_length: Any) -> Any:
+    def kept_tokens(self, prompt_length: Any) -> Any:
         """Tokens kept per kv head once the prompt is in: an int for an int, an array for an array. None: all of them, for ever."""
         return None
 
@@ -91,14 +97,42 @@ class Policy:
         """Which stored tokens a decode step reads, given the true logits (NEG_INF where nothing is stored). None: all."""
         return None
 
+    def select(
+        self, guess: Float[Array, "B Hkv G C"], visible: Bool[Array, "B h C"], length: Int[Array, " B"]
+    ) -> tuple[Int[Array, "B Hkv K"], Int[Array, " B"]]:
+        """Which tokens a decode step reads, for a policy that speculates.
+
+        Args:
+          guess: guessed logits.
+          visible: slots that hold a token.
+          length: tokens of the row so far.
+
+        Returns:
+          K slots per kv head, the most wanted first, and how many of them are meant.
+        """
+        raise NotImplementedError(f"{type(self).__name__} speculates, so it must choose: define select(guess, visible, length)")
+
+    def partial_columns(self, head_dim: int) -> int:
+        """Columns of a partial key, for a policy that speculates."""
+        raise NotImplementedError(f"{type(self).__name__} speculates, so it must say how wide partial keys are: define partial_columns")
+
+    def observe_use(self, score: Float[Array, "B h C"], used: Bool[Array, "B h C"], length: Int[Array, "B 1 1"]) -> Float[Array, "B h C"]:
+        """The statistic of a policy that speculates after the step, the row's token `length`, that fetched the slots in `used`."""
+        return score
+
     def with_budget(self, amount: Amount) -> "Policy":
         """This policy with about `amount` tokens (or that fraction of the prompt) kept or read in total: the meaning of --budget."""
         raise SpecError(f"{self.describe()} has no overall budget to set; give its own arguments instead")
 
+    def ample(self, amount: int) -> "Policy":
+        """This policy with nothing left out of `amount` tokens."""
+        return self.with_budget(amount)
+
     def describe(self) -> str:
-        """The spec string that makes this policy; switches (words, True or False) that stand at their default are left out."""
+        """The spec string that makes this policy; switches (words, True or False, None) that stand at their default are left out."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        switches = {f.name: f.default for f in dataclasses.fields(self) if isinstance(f.default, bool | str)}
+        fields = [f for f in dataclasses.fields(self) if isinstance(f.default, bool | str | None) or "switch" in f.metadata]
+        switches = {f.name: f.default for f in fields}
         arguments = ",".join(f"{name}={value}" for name, value in values.items() if switches.get(name, ...) != value)
         return f"{spec_name(type(self))}({arguments})" if arguments else spec_name(type(self))
 

@@ -48,7 +48,7 @@ class H2O(Policy):
     def evicts_in_decode(self) -> bool:
         return self.decode
 
-    def budget(self, prompt_length: Any) -> Any:
+    def kept_tokens(self, prompt_length: Any) -> Any:
         return tokens(self.heavy, prompt_length) + tokens(self.recent, prompt_length)
 
     def with_budget(self, amount: Amount) -> "H2O":

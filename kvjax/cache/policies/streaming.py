@@ -28,7 +28,7 @@ class Streaming(Policy):
         if not self.window:
             raise SpecError("streaming: window=0 would drop every new token; give a window of at least 1 token")
 
-    def budget(self, prompt_length: Any) -> Any:
+    def kept_tokens(self, prompt_length: Any) -> Any:
         return tokens(self.sinks, prompt_length) + tokens(self.window, prompt_length)
 
     def with_budget(self, amount: Amount) -> "Streaming":

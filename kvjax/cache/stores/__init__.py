@@ -2,8 +2,12 @@
 
 from kvjax.cache.stores.base import Store
 from kvjax.cache.stores.dense import DenseLayer, DenseStore
+from kvjax.cache.stores.host import TRANSFERS, HostLayer, HostStore, Seats, Transfer
 from kvjax.cache.stores.paged import PagedLayer, PagedStore, PageTable, page_table
 
-STORES: dict[str, type[DenseStore] | type[PagedStore]] = {"dense": DenseStore, "paged": PagedStore}
+STORES: dict[str, type[DenseStore] | type[PagedStore] | type[HostStore]] = {"dense": DenseStore, "paged": PagedStore, "host": HostStore}
 
-__all__ = ["STORES", "DenseLayer", "DenseStore", "PageTable", "PagedLayer", "PagedStore", "Store", "page_table"]
+__all__ = [
+    "STORES", "TRANSFERS", "DenseLayer", "DenseStore", "HostLayer", "HostStore", "PageTable", "PagedLayer", "PagedStore", "Seats", "Store",
+    "Transfer", "page_table",
+]  # fmt: skip

@@ -1,0 +1,80 @@
+"""Paged decode attention at the shapes of real models."""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+
+from .. import shapes
+from ..dispatch import Name
+from ..shapes import Case, Geometry, array
+from .api import paged_attention
+
+SIZES = ((1, 2048), (1, 8192), (1, 32768), (1, 131072), (32, 2048), (32, 8192), (32, 32768), (256, 2048), (256, 8192))  # rows, context
+PAGE_SIZES = (16, 32, 64, 128)
+
+
+def cases() -> Iterator[Case]:
+    """Every size of the large models, page sizes in turn; every variant at one size; every head dim."""
+    for implementation in ("mosaic_gpu", "mosaic_tpu"):
+        case = partial(_case, implementation)
+        for geometry in (shapes.OPT_6_7B, shapes.OPT_13B, shapes.LLAMA_3_8B, shapes.QWEN3_8B):
+            for index, (batch, context) in enumerate(SIZES):
+                quick = geometry is shapes.LLAMA_3_8B and (batch, context) == (32, 8192)
+                yield case(geometry, batch, context, PAGE_SIZES[index % 4], quick=quick)
+            yield case(geometry, 32, 8192, 64, statistics=True, quick=geometry is shapes.OPT_6_7B)
+            yield case(geometry, 32, 2048, 64, statistics=True, positions=True, quick=geometry is shapes.LLAMA_3_8B)
+        for page_size in PAGE_SIZES:
+            yield case(shapes.LLAMA_3_8B, 32, 8192, page_size)
+            yield case(shapes.LLAMA_3_8B, 32, 8192, page_size, int8=True, quick=page_size == 32)
+        yield case(shapes.LLAMA_3_8B, 32, 8192, 64, int8=True, statistics=True, positions=True)
+        for geometry in (shapes.LLAMA_3_2_1B, shapes.OPT_2_7B, shapes.PHI_3_MINI, shapes.GEMMA_2B):
+            quick = geometry in (shapes.OPT_2_7B, shapes.GEMMA_2B)
+            yield case(geometry, 32, 2048, 64, quick=quick)
+            yield case(geometry, 32, 2048, 16, statistics=True, positions=True)
+            yield case(geometry, 32, 2048, 64, int8=True)
+        if implementation == "mosaic_gpu":
+            yield case(shapes.LLAMA_3_8B, 32, 8192, 64, dtype=jnp.float16)
+        yield case(shapes.LLAMA_3_8B, 32, 2048, 64, dtype=jnp.float32)
+    yield _case("xla", shapes.LLAMA_3_8B, 32, 2048, 64, quick=True)
+
+
+def _case(
+    implementation: Name,
+    geometry: Geometry,
+    batch: int,
+    context: int,
+    page_size: int,
+    *,
+    statistics: bool = False,
+    positions: bool = False,
+    int8: bool = False,
+    dtype: Any = jnp.bfloat16,
+    quick: bool = False,
+) -> Case:
+    pages = context // page_size
+    pool = (batch * pages, geometry.kv_heads, page_size, geometry.head_dim)
+    stored = jnp.int8 if int8 else dtype
+    arguments = dict(
+        q=array((batch, geometry.heads, geometry.head_dim), dtype),
+        k_pages=array(pool, stored),
+        v_pages=array(pool, stored),
+        block_tables=array((batch, pages), jnp.int32),
+        lengths=array((batch,), jnp.int32),
+    )
+    if int8:
+        arguments |= dict(k_scales=array(pool[:3], jnp.float32), v_scales=array(pool[:3], jnp.float32))
+    if positions:
+        arguments |= dict(visible=array((batch, geometry.kv_heads, context), jnp.int32))
+    kind = "" if dtype == jnp.bfloat16 else f" {jnp.dtype(dtype).name}"
+    name = (
+        f"{geometry.name} b{batch} c{context} z{page_size}{kind}" + " int8" * int8 + " statistics" * statistics + " positions" * positions
+    )
+    read = 2 * math.prod(pool) * jnp.dtype(stored).itemsize
+
+    def call(arguments):
+        return paged_attention(**arguments, statistics=statistics, implementation=implementation)
+
+    return Case(name, implementation, call, arguments, read, quick)

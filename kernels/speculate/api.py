@@ -1,0 +1,56 @@
+"""The public function, and which implementations it has."""
+
+import jax
+
+from ..dispatch import Implementation, Name, Operation
+from . import mosaic_gpu, xla
+from .base import Speculation, check
+
+OPERATION = Operation(
+    "speculate",
+    (Implementation("mosaic_gpu", mosaic_gpu.speculate, mosaic_gpu.supports), Implementation("xla", xla.speculate)),
+)
+
+
+def speculate(
+    q: jax.Array,
+    partial_keys: jax.Array,
+    visible: jax.Array,
+    cap: jax.Array,
+    *,
+    alpha: float,
+    limit: int,
+    implementation: Name | None = None,
+) -> Speculation:
+    """Guesses which tokens matter from a part of the dims of skewed queries and keys (InfiniGen, OSDI'24, arXiv:2406.19707).
+
+    For every row, as a loop over its kv heads h:
+
+        a[h, c] = max over g of q[h, g] . partial_keys[h, :, c]       for every visible slot c, in float32
+        above[h] = how many a[h, c] > max over c of a[h, c] - alpha
+        count = min(floor(mean over h of above[h]), cap), at least 1
+        index[h] = the `count` slots of highest a[h]
+
+    The mean over the heads is the paper's: heads fetch different tokens, and equally many. With grouped-query attention, which the paper
+    does not have, a token is as important as the query head of its group finds it that wants it most.
+
+    Args:
+      q: [B, Hkv, G, d'], guessed queries in the partial dims, scaled by 1/sqrt(head dim) as attention's logits are; cast to the type of
+        the partial keys.
+      partial_keys: [B, Hkv, d', C]; a slot is a column, so that threads that stand side by side on slots read side by side, and a dot
+        product needs no sum across threads. Appending a token writes d' numbers C apart: d' sectors of memory a head, where a step reads
+        d' * C numbers.
+      visible: bool [B, Hkv, C], slots to choose from, or [B, 1, C] for all heads. What the partial keys of the others hold does not
+        matter.
+      cap: int [B], most tokens to fetch for a kv head of this row; above `limit` it counts as `limit`.
+      alpha: how far below the highest logit still matters: 4 keeps what has at least e^-4 of the highest weight.
+      limit: K; static.
+      implementation: forces one.
+
+    Raises:
+      ValueError: shapes that do not fit together, or a limit that is not between 1 and C.
+      UnsupportedError: the implementation asked for cannot run this.
+    """
+    check(q, partial_keys, visible, cap, limit)
+    with jax.named_scope("speculate"):
+        return OPERATION(q.astype(partial_keys.dtype), partial_keys, visible, cap, alpha, limit, implementation=implementation)

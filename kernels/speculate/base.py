@@ -1,0 +1,50 @@
+"""What speculation returns, and the part of it that follows the pass over the partial keys. Dims: B rows, Hkv kv heads, G query heads a kv
+head, d' partial dims of a head, C slots of a row, K the static limit of tokens to fetch."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Speculation(NamedTuple):
+    """The tokens to fetch for every row and kv head.
+
+    Attributes:
+      index: int32 [B, Hkv, K], slots in the order of their guessed logits, highest first, the lower slot first between equals; C from
+        rank `count[b]` on.
+      count: int32 [B], tokens to fetch, one number for all kv heads of a row; 0 only where no slot is visible.
+      above: int32 [B, Hkv], how many slots have a guessed logit over the threshold.
+      maximum: float32 [B, Hkv], the highest guessed logit, -inf where no slot is visible.
+    """
+
+    index: jax.Array
+    count: jax.Array
+    above: jax.Array
+    maximum: jax.Array
+
+
+def select(logits: jax.Array, maximum: jax.Array, cap: jax.Array, alpha: float, limit: int) -> Speculation:
+    """Counts and chooses by the guessed logits [B, Hkv, C], -inf where a slot is not visible.
+
+    It reads 4 bytes a slot, where the guess read 2 d'.
+    """
+    capacity = logits.shape[-1]
+    above = (logits > maximum[..., None] - alpha).sum(-1, dtype=jnp.int32)
+    count = jnp.clip(above.sum(-1) // above.shape[-1], 1, jnp.minimum(cap, limit))
+    highest, index = jax.lax.top_k(logits, limit)
+    wanted = (jnp.arange(limit) < count[:, None, None]) & (highest > -jnp.inf)
+    return Speculation(jnp.where(wanted, index, capacity), jnp.where((maximum > -jnp.inf).any(-1), count, 0), above, maximum)
+
+
+def check(q: jax.Array, partial_keys: jax.Array, visible: jax.Array, cap: jax.Array, limit: int) -> None:
+    """Raises ValueError where shapes do not fit together."""
+    batch, heads, dim, capacity = partial_keys.shape
+    if q.ndim != 4 or (*q.shape[:2], q.shape[3]) != (batch, heads, dim):
+        raise ValueError(f"speculate: q {q.shape} does not fit partial keys {partial_keys.shape}")
+    if visible.shape not in {(batch, heads, capacity), (batch, 1, capacity)}:
+        raise ValueError(f"speculate: visible {visible.shape} does not fit partial keys {partial_keys.shape}")
+    if cap.shape != (batch,):
+        raise ValueError(f"speculate: cap {cap.shape} is not one number for each of {batch} rows")
+    if not 1 <= limit <= capacity:
+        raise ValueError(f"speculate: limit={limit} is not between 1 and the {capacity} slots of a row")

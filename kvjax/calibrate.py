@@ -1,0 +1,453 @@
+"""InfiniGen's offline calibration: where the magnitude of queries and keys lies, and a rotation that gathers it in few columns.
+
+    python -m kvjax.calibrate --model=kvjax-4m --output_dir=runs/calibration-4m
+
+    calibration = calibrate(model)
+    model = prepare(model, calibration, partial=0.3)
+
+InfiniGen (arXiv:2406.19707) guesses which cached tokens matter from a few columns of queries and keys. The guess is good where those
+columns hold most of the magnitude. An orthogonal matrix A per kv head, the right singular vectors of sample queries, makes it so and
+leaves attention as it is: (Q A)(K A)^T = Q K^T. A model without rotary positions (OPT) takes A into its weights, at no cost when it runs.
+With them, A is applied after the rotation, on the way of the guess alone.
+
+Kept columns are those with the largest sum of |Q A| + |K A| over the sample, 30 % of them by default, as in the paper. Its published code
+differs, and both of its ways are options: 20 % by |Q A| alone (the speed measurements), the union of 20 % by either (the accuracy ones).
+
+One A serves a kv head and all query heads that read it (grouped-query attention is not in the paper): their queries are stacked for the
+decomposition, and their magnitudes added for the choice of columns.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import pathlib
+import sys
+from typing import Any, Literal, NoReturn, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import app, flags, logging
+from jaxtyping import Array, Float, Int
+
+from kvjax.cache import Strategy
+from kvjax.cache.attention import prompt_attention
+from kvjax.errors import InputError, KvjaxError, ModelError, SpecError
+from kvjax.models import Decoder, Model, ModelConfig, load_model
+from kvjax.models.checkpoint import MARKER_FILE
+from kvjax.models.guide import Guide, QueryGuide
+from kvjax.quality import recall
+
+FLAGS = flags.FLAGS
+SAMPLE_TOKENS = 1024
+PARTIAL = 0.3
+Columns = Literal["sum", "query", "union"]
+_ARRAYS = ("skew", "query_mass", "key_mass", "plain_query_mass", "plain_key_mass")
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` measured on a model; float32.
+
+    Queries and keys are taken as they meet in the product: after RoPE and the norm of Qwen3, before the scale 1 / sqrt(D).
+
+    Attributes:
+      model_id: name of the model.
+      weights: fingerprint of its weights, the same in every dtype they are cast to.
+      num_tokens: tokens of the sample.
+      skew: the orthogonal matrix A of each layer and kv head; its columns in descending order of the singular values of the queries.
+      query_mass: sum of |Q A| per column, over the tokens and the G query heads of the kv head.
+      key_mass: sum of |K A| per column, over the tokens.
+      plain_query_mass, plain_key_mass: the same without A.
+    """
+
+    model_id: str
+    weights: str
+    num_tokens: int
+    skew: Float[np.ndarray, "L Hkv D D"]
+    query_mass: Float[np.ndarray, "L Hkv D"]
+    key_mass: Float[np.ndarray, "L Hkv D"]
+    plain_query_mass: Float[np.ndarray, "L Hkv D"]
+    plain_key_mass: Float[np.ndarray, "L Hkv D"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """A step (kvjax.models.decoder.Step): whole rows without a cache. The KV state is a tuple with (q, k) of every layer so far."""
+
+    token_positions: Int[Array, "B S"]
+
+    def positions(self, kv: tuple, num_tokens: int) -> Int[Array, "B S"]:
+        return self.token_positions
+
+    def look_ahead(self, layer, queries, kv: tuple) -> tuple:
+        return kv
+
+    def attend(self, layer, q, k, v, kv: tuple, guide=None):
+        out, _ = prompt_attention(q, k, v, jnp.ones(q.shape[:2], bool))
+        return out, (*kv, (q, k))
+
+    def hidden(self, x: Float[Array, "B S M"]) -> Float[Array, "B 1 M"]:
+        return x[:, -1:]
+
+    def finish(self, kv: tuple, num_tokens: int) -> tuple:
+        return kv
+
+
+def sample_tokens(model: Model, num_tokens: int = SAMPLE_TOKENS) -> Int[np.ndarray, "B S"]:
+    """About `num_tokens` tokens of Python source that ships with the interpreter, in rows the model has positions for.
+
+    Random ids where the model has no tokenizer.
+    """
+    if model.tokenizer is None:
+        ids = np.random.default_rng(0).integers(0, model.config.vocab_size, num_tokens)
+    else:
+        source = recall.standard_library(held_out=True)
+        text = source[len(source) // 2 :][: 16 * num_tokens].tobytes().decode(errors="ignore")  # no tokenizer takes 16 bytes a token
+        ids = np.array(model.tokenizer.encode(text)[:num_tokens])
+    rows = -(-len(ids) // model.config.max_position)
+    return ids[: len(ids) // rows * rows].reshape(rows, -1).astype(np.int32)
+
+
+def calibrate(model: Model, tokens: Int[Array | np.ndarray, "B S"] | None = None) -> Calibration:
+    """Runs `tokens` through the model and decomposes the queries of every kv head.
+
+    Args:
+      tokens: rows of a sample that resembles what the model will read, all tokens valid; None for `sample_tokens`.
+
+    Raises:
+      InputError: fewer tokens than the head dim has columns, rows too long, ids outside the vocabulary.
+      SpecError: a model that `prepare` changed.
+      ModelError: queries or keys that are not finite.
+    """
+    _refuse_skewed(model)
+    rows = _checked(model, sample_tokens(model) if tokens is None else np.asarray(tokens))
+    config = model.config
+    found: dict[str, list[np.ndarray]] = {name: [] for name in _ARRAYS}
+    for layer, (q, k) in enumerate(queries_and_keys(model, rows)):
+        queries = _by_kv_head(np.asarray(q, np.float32), config.num_kv_heads)
+        keys = _by_kv_head(np.asarray(k, np.float32), config.num_kv_heads)
+        if not (np.isfinite(queries).all() and np.isfinite(keys).all()):
+            raise ModelError(f"model {config.name}: queries or keys of layer {layer} are not finite in {model.dtype}; try another dtype")
+        skew = _skew(queries)
+        values = (skew, _mass(queries @ skew), _mass(keys @ skew), _mass(queries), _mass(keys))
+        for name, value in zip(_ARRAYS, values, strict=True):
+            found[name].append(value)
+    arrays = {name: np.stack(values) for name, values in found.items()}
+    return Calibration(config.name, _fingerprint(model), rows.size, **arrays)
+
+
+def _checked(model: Model, tokens: np.ndarray) -> Int[np.ndarray, "B S"]:
+    config = model.config
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise InputError(f"calibration tokens of shape {tokens.shape} and type {tokens.dtype}; give whole numbers [B, S]")
+    if tokens.size < config.head_dim:
+        raise InputError(f"{tokens.size} calibration tokens; the {config.head_dim} columns of a head need at least as many")
+    if tokens.shape[1] > config.max_position:
+        raise InputError(f"calibration rows of {tokens.shape[1]} tokens; model {config.name} has {config.max_position} positions")
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        last = config.vocab_size - 1
+        raise InputError(f"calibration token ids from {tokens.min()} to {tokens.max()}; model {config.name} has ids 0 to {last}")
+    return tokens.astype(np.int32)
+
+
+def queries_and_keys(model: Model, tokens: Int[Array | np.ndarray, "B S"]) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    """Of every layer: q [B, S, H, D] and k [B, S, Hkv, D], as they meet in the product, in the model's dtype."""
+    step = Capture(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+    return _captured(model.decoder, model.params, jnp.asarray(tokens), step)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder",))
+def _captured(decoder: Decoder, params: Any, tokens: Int[Array, "B S"], step: Capture):
+    return decoder.apply(params, tokens, (), step)[1]
+
+
+def _by_kv_head(x: Float[np.ndarray, "B S H D"], kv_heads: int) -> Float[np.ndarray, "Hkv N D"]:
+    """The rows of all tokens, and of all heads that belong to it, below each kv head."""
+    dim = x.shape[-1]
+    return x.reshape(-1, kv_heads, x.shape[2] // kv_heads, dim).swapaxes(0, 1).reshape(kv_heads, -1, dim)
+
+
+def _skew(queries: Float[np.ndarray, "Hkv N D"]) -> Float[np.ndarray, "Hkv D D"]:
+    """V of Q = U S V^T, each column with the sign that makes its largest entry positive.
+
+    The paper orders columns by the product of the singular values of Q and K. Each decomposition sorts its own in descending order, so the
+    order of V is that order already.
+    """
+    right = np.linalg.svd(queries, full_matrices=False)[2].swapaxes(-1, -2)
+    largest = np.take_along_axis(right, np.abs(right).argmax(-2, keepdims=True), axis=-2)
+    return right * np.where(largest < 0, np.float32(-1), np.float32(1))
+
+
+def _mass(x: Float[np.ndarray, "Hkv N D"]) -> Float[np.ndarray, "Hkv D"]:
+    return np.abs(x).sum(-2)
+
+
+def _fingerprint(model: Model) -> str:
+    """A hash of the signs of some weights, which no cast changes."""
+    weight = model.params["params"][f"layer_{model.config.num_layers - 1}"]["attention"]["o"]["weight"]
+    signs = np.asarray(weight[:64, :64].astype(jnp.float32)) < 0
+    return hashlib.sha256(np.packbits(signs).tobytes()).hexdigest()[:16]
+
+
+def save(calibration: Calibration, directory: str | os.PathLike) -> None:
+    """Writes `calibration` to a new directory, with orbax. Raises ModelError when that is not possible."""
+    path = _new_directory(directory)
+    described = {name: getattr(calibration, name) for name in ("model_id", "weights", "num_tokens")}
+    described["shape"] = list(calibration.query_mass.shape)
+    arrays = {name: getattr(calibration, name) for name in _ARRAYS}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        items = ocp.args.Composite(calibration=ocp.args.JsonSave(described), arrays=ocp.args.StandardSave(arrays))
+        checkpointer.save(path, args=items)
+
+
+def load(directory: str | os.PathLike, model: Model | None = None) -> Calibration:
+    """What `save` wrote.
+
+    Args:
+      model: the model it is meant for; None leaves that to `prepare`.
+
+    Raises:
+      ModelError: not a calibration, or a damaged one.
+      SpecError: the calibration of another model.
+    """
+    path = pathlib.Path(directory).absolute()
+    if not (path / MARKER_FILE).exists() or not (path / "calibration").is_dir() or not (path / "arrays").is_dir():
+        raise ModelError(f"{path} is not a calibration; `python -m kvjax.calibrate --model=NAME --output_dir={path}` makes one")
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        try:
+            described = dict(checkpointer.restore(path, args=ocp.args.Composite(calibration=ocp.args.JsonRestore())).calibration)
+            shape = tuple(described.pop("shape"))
+            shapes = dict.fromkeys(_ARRAYS, shape) | {"skew": (*shape, shape[-1])}
+            placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            wanted = {name: jax.ShapeDtypeStruct(size, jnp.float32, sharding=placed) for name, size in shapes.items()}
+            arrays = checkpointer.restore(path, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted))).arrays
+            values: dict[str, Any] = described | {name: np.asarray(array) for name, array in arrays.items()}
+            calibration = Calibration(**values)
+        except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+            raise ModelError(f"{path}: the calibration cannot be restored: {_first_line(error)}") from None
+    if model is not None:
+        check(model, calibration)
+    return calibration
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _new_directory(directory: str | os.PathLike) -> pathlib.Path:
+    """The absolute path, which does not exist and has a parent that does. Raises ModelError."""
+    path = pathlib.Path(directory).absolute()
+    if path.exists():
+        raise ModelError(f"{path} exists already; a calibration is written to a new directory")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot write there: {error.strerror}") from None
+    return path
+
+
+def check(model: Model, calibration: Calibration) -> None:
+    """Raises SpecError unless `calibration` was made on the weights of `model`, in whatever dtype."""
+    config, shape = model.config, calibration.query_mass.shape
+    own = (config.num_layers, config.num_kv_heads, config.head_dim)
+    if (config.name, own, _fingerprint(model)) != (calibration.model_id, shape, calibration.weights):
+        what = "other weights" if (config.name, own) == (calibration.model_id, shape) else f"{calibration.model_id} {list(shape)}"
+        raise SpecError(f"model {config.name} {list(own)} (layers, kv heads, head dim): the calibration belongs to {what}; calibrate anew")
+
+
+def columns_kept(head_dim: int, partial: float = PARTIAL, columns: Columns = "sum") -> int:
+    """P, the number of columns kept of every head: `int(partial * head_dim)`, at least 1.
+
+    "union" keeps twice as many (at most all), the most that the union of two such sets can have. Where they overlap, and the union is
+    smaller, the next best by the sum fill it up, so that every layer and head has the same shape.
+
+    Raises:
+      SpecError: an unknown rule, or `partial` outside (0, 1].
+    """
+    if columns not in get_args(Columns):
+        raise SpecError(f"unknown choice of columns {columns!r}; choose from {', '.join(get_args(Columns))}")
+    if not 0 < partial <= 1:
+        raise SpecError(f"partial={partial}: give the fraction of a head's columns to keep, above 0 and at most 1")
+    count = max(1, int(partial * head_dim))
+    return min(head_dim, 2 * count) if columns == "union" else count
+
+
+def kept_columns(
+    calibration: Calibration, partial: float = PARTIAL, columns: Columns = "sum", skew: bool = True
+) -> Int[np.ndarray, "L Hkv P"]:
+    """Which columns of each layer and kv head are kept, in ascending order (see `prepare`)."""
+    query, key = _masses(calibration, skew)
+    kept = columns_kept(query.shape[-1], partial, columns)
+    if columns == "query":
+        order = np.argsort(-query, axis=-1, kind="stable")
+    elif columns == "sum":
+        order = np.argsort(-(query + key), axis=-1, kind="stable")
+    else:
+        each = columns_kept(query.shape[-1], partial)
+        outside = (_rank(query) >= each) & (_rank(key) >= each)
+        order = np.lexsort((-(query + key), outside), axis=-1)
+    return np.sort(order[..., :kept], axis=-1)
+
+
+def _rank(mass: Float[np.ndarray, "L Hkv D"]) -> Int[np.ndarray, "L Hkv D"]:
+    """0 for the largest of a head, 1 for the next."""
+    return np.argsort(np.argsort(-mass, axis=-1, kind="stable"), axis=-1)
+
+
+def _masses(calibration: Calibration, skew: bool) -> tuple[Float[np.ndarray, "L Hkv D"], Float[np.ndarray, "L Hkv D"]]:
+    if skew:
+        return calibration.query_mass, calibration.key_mass
+    return calibration.plain_query_mass, calibration.plain_key_mass
+
+
+def concentration(
+    calibration: Calibration, partial: float = PARTIAL, columns: Columns = "sum", skew: bool = True
+) -> tuple[Float[np.ndarray, " L"], Float[np.ndarray, " L"]]:
+    """Share of the magnitude of queries, and of keys, that the kept columns hold: per layer, the mean over its kv heads."""
+    kept = kept_columns(calibration, partial, columns, skew)
+    query, key = (np.take_along_axis(mass, kept, axis=-1).sum(-1) / mass.sum(-1) for mass in _masses(calibration, skew))
+    return query.mean(-1), key.mean(-1)
+
+
+def prepare(model: Model, calibration: Calibration, *, partial: float = PARTIAL, columns: Columns = "sum", skew: bool = True) -> Model:
+    """The model with a guide in every layer (kvjax.models.guide), in the model's dtype. Its logits are the same.
+
+    With rotary positions, the parameters are those of `model`, and a guide that is there already is replaced. Without, the query and key
+    weights of every layer are new arrays with A inside (with `skew`), and the rows of the kept columns a copy.
+
+    Args:
+      partial: fraction of a head's columns that speculation sees.
+      columns: ranked by the sum of both magnitudes (the paper), by the queries' alone, or the union of the best by either (see the module).
+      skew: False leaves A out, as an ablation: the columns are those of the head itself.
+
+    Raises:
+      SpecError: the calibration of another model, a bad option, or a model without rotary positions that is prepared already.
+    """
+    _refuse_skewed(model)
+    check(model, calibration)
+    config, dtype = model.config, model.dtype
+    kept = kept_columns(calibration, partial, columns, skew)
+    turn = calibration.skew if skew else np.broadcast_to(np.eye(config.head_dim, dtype=np.float32), calibration.skew.shape)
+    params = model.params["params"]
+    folds = _folds(config)
+    if folds and skew:
+        params = _fold(config, params, turn)
+        turn = np.broadcast_to(np.eye(config.head_dim, dtype=np.float32), turn.shape)
+    select = [jnp.asarray(matrix, dtype) for matrix in np.take_along_axis(turn, kept[:, :, None], axis=-1)]  # [Hkv, D, P] a layer
+
+    def queries(layer: int) -> QueryGuide:
+        attention = params[f"layer_{layer}"]["attention"]
+        weight, bias = attention["q"]["weight"], attention["q"].get("bias")
+        if not folds:
+            return QueryGuide(weight, bias, attention.get("q_norm"), select[layer])
+        heads = np.arange(config.num_heads)
+        rows = (heads[:, None] * config.head_dim + kept[layer][heads // config.group_size]).reshape(-1)
+        return QueryGuide(weight[rows], None if bias is None else bias[rows], None, None)
+
+    last = config.num_layers - 1
+    guides = {
+        f"layer_{i}": {"attention": {"guide": Guide(select[i], queries(i + 1) if i < last else None)}} for i in range(config.num_layers)
+    }
+    return dataclasses.replace(model, params=model.params | {"params": params, "guide": guides})
+
+
+def calibrated(model: Model, strategy: Strategy, calibration: Calibration | None = None) -> Model:
+    """The model as `strategy` needs it: with a guide for a policy that speculates, as it is for any other.
+
+    Args:
+      calibration: of this model; None: `calibrate` on the default sample, which takes a few seconds.
+    """
+    policy: Any = strategy.policy
+    if not policy.speculates:
+        return model
+    found = calibrate(model) if calibration is None else calibration
+    return prepare(model, found, partial=policy.partial, columns=policy.columns, skew=policy.skew)
+
+
+def _folds(config: ModelConfig) -> bool:
+    """Nothing stands between the projections and the product of queries and keys, so A can go into the weights."""
+    return config.rope is None and not config.qk_norm
+
+
+def _refuse_skewed(model: Model) -> None:
+    """The weights do not tell whether A is in them already, so the model must come as it was loaded."""
+    if _folds(model.config) and "guide" in model.params:
+        raise SpecError(f"model {model.config.name} is prepared already, perhaps with a skew; start from the model as it was loaded")
+
+
+def _fold(config: ModelConfig, params: dict[str, Any], skew: Float[np.ndarray, "L Hkv D D"]) -> dict[str, Any]:
+    """The parameters with A in the rows of every query and key weight, and in the biases."""
+
+    def turned(projection: dict[str, jax.Array], matrices: Float[np.ndarray, "Hkv D D"]) -> dict[str, jax.Array]:
+        def turn(x: jax.Array) -> jax.Array:
+            grouped = x.astype(jnp.float32).reshape(config.num_kv_heads, -1, config.head_dim, x[0].size)  # [Hkv, G or 1, D, M or 1]
+            product = jnp.einsum("ndc,ngdm->ngcm", matrices, grouped, precision=jax.lax.Precision.HIGHEST)
+            return jax.device_put(product.reshape(x.shape).astype(x.dtype), x.sharding)
+
+        return {name: turn(x) for name, x in projection.items()}
+
+    layers = {}
+    for i in range(config.num_layers):
+        layer = params[f"layer_{i}"]
+        attention = {name: turned(layer["attention"][name], skew[i]) for name in ("q", "k")}
+        layers[f"layer_{i}"] = layer | {"attention": layer["attention"] | attention}
+    return params | layers
+
+
+def define_flags() -> None:
+    """Called once, when this module is the program."""
+    flags.DEFINE_string("model", "kvjax-4m", "A bundled model, a preset (with --random_weights), or a Hugging Face or orbax directory.")
+    flags.DEFINE_string("output_dir", None, "The directory to write; it must not exist.", required=True)
+    flags.DEFINE_integer("num_tokens", SAMPLE_TOKENS, "Tokens of the sample.", lower_bound=1)
+    flags.DEFINE_bool("random_weights", False, "Random weights: the model that kvjax.run has under the same flag.")
+    flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 elsewhere.")
+
+
+def run() -> None:
+    """Loads, calibrates, writes, prints."""
+    directory = _new_directory(FLAGS.output_dir)
+    model = load_model(FLAGS.model, dtype=FLAGS.dtype, random_weights=FLAGS.random_weights)
+    calibration = calibrate(model, sample_tokens(model, FLAGS.num_tokens))
+    save(calibration, directory)
+    dim = model.config.head_dim
+    print(
+        f"{model.config.name} ({model.dtype}), {calibration.num_tokens} tokens: magnitude in {columns_kept(dim)} of {dim} columns, "
+        f"before and after the skew\n"
+    )
+    print(f"{'layer':<8}{'|Q| before':>12}{'after':>8}{'|K| before':>14}{'after':>8}")
+    shares = zip(*concentration(calibration, skew=False), *concentration(calibration), strict=True)
+    for layer, (query, key, skewed_query, skewed_key) in enumerate(shares):
+        print(f"{layer:<8}{query:>12.1%}{skewed_query:>8.1%}{key:>14.1%}{skewed_key:>8.1%}")
+    print(f"\nwrote {directory}")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Sets FLAGS and returns what is no flag. A flag that is unknown, missing or out of range ends the program like any other bad input."""
+    try:
+        return FLAGS(argv)
+    except flags.Error as error:
+        fail(" ".join(str(error).split()) + "; see --help")
+
+
+def fail(message: object) -> NoReturn:
+    print(f"kvjax: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main(argv: list[str]) -> None:
+    try:
+        if len(argv) > 1:
+            raise SpecError(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
+        run()
+    except KvjaxError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    define_flags()
+    logging.set_verbosity(logging.WARNING)
+    app.run(main, flags_parser=parse_flags)

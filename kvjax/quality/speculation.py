@@ -1,0 +1,208 @@
+"""How good a policy's guesses are (InfiniGen): what a layer was given to read, against what its real queries would have chosen.
+
+    found = audit(calibrated(model, strategy), strategy, token_ids, prompt_len=512)
+    found.overall("precision")
+
+A continuation is fed through the strategy's own decode path, mistakes included. Whenever a layer for which tokens were guessed attends,
+its real queries meet the whole pool, and its policy is asked to choose once more, with the true logits for its guess. So the truth ranks
+tokens as the policy does, the query heads of a kv head joined by its own rule, and a guess that is right scores 1 whatever that rule is;
+how good the rule is shows in the attention mass.
+
+  precision     share of the m tokens fetched that are among the true top m, where m is what was fetched for that request. With as many
+                on either side it is their recall, too.
+  recall        share of the true top k that was fetched, where k is what the policy would count without its budget: for InfiniGen the
+                tokens within alpha of the true maximum, mean over the kv heads. Falls short by wrong guesses and by m < k alike.
+  mass_covered  true attention probability of what is read, the tokens fetched and the newest one; mean over query heads.
+  fetched       m, in tokens per kv head.
+  near          k.
+
+All are means over kv heads (mass_covered: query heads). Layers that read everything count nothing.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.cache import Decode, KVState, Strategy
+from kvjax.cache.attention import NEG_INF
+from kvjax.cache.policies import Policy
+from kvjax.cache.state import LayerState
+from kvjax.cache.stores import HostStore
+from kvjax.errors import InputError, SpecError
+from kvjax.generation import PrefillPlan, check_positions, check_vocabulary, run_prefill
+from kvjax.models import Decoder, Model
+from kvjax.quality.fidelity import Estimate
+
+MEASURES = ("precision", "recall", "mass_covered", "fetched", "near")
+
+Found = Mapping[str, Float[Array, " B"]]
+"""MEASURES of one layer in one step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculation:
+    """What `audit` found: L layers, R rows, T steps.
+
+    Attributes:
+      layers: those that tokens were guessed for.
+      values: of each of MEASURES.
+    """
+
+    layers: tuple[int, ...]
+    values: Mapping[str, Float[np.ndarray, "L R T"]]
+
+    def overall(self, measure: str) -> Estimate:
+        """Mean over layers, rows and steps."""
+        return _mean(self.values[measure].mean((0, 2)))
+
+    def by_layer(self, measure: str) -> dict[int, Estimate]:
+        """Mean over rows and steps."""
+        return {layer: _mean(values.mean(1)) for layer, values in zip(self.layers, self.values[measure], strict=True)}
+
+    def record(self) -> dict[str, float | None]:
+        """Flat keys for records: `speculation_<measure>`, with `_se` and `_layer_<i>`; empty when no layer was guessed for."""
+        flat: dict[str, float | None] = {}
+        for measure in MEASURES if self.layers else ():
+            key, whole = f"speculation_{measure}", self.overall(measure)
+            flat |= {key: whole.value, f"{key}_se": whole.error}
+            flat |= {f"{key}_layer_{layer}": estimate.value for layer, estimate in self.by_layer(measure).items()}
+        return flat
+
+
+def audit(
+    model: Model,
+    strategy: Strategy,
+    token_ids: Int[Array | np.ndarray, "B S"],
+    *,
+    prompt_len: int,
+    prefill: PrefillPlan = PrefillPlan(),
+) -> Speculation:
+    """Prefills the first `prompt_len` tokens of every row, feeds the rest one by one, and judges each guess.
+
+    The pool stands in device memory meanwhile, whatever the strategy's transfer: guesses do not depend on it, and the truth needs all keys.
+
+    Args:
+      model: calibrated for this strategy (kvjax.calibrated).
+
+    Raises:
+      SpecError: a policy that does not speculate, or a model without a guide.
+      InputError: nothing after the prompt, ids outside the vocabulary, or more tokens than the model has positions for.
+    """
+    if not strategy.policy.speculates or not isinstance(strategy.store, HostStore):
+        raise SpecError(f"{strategy.describe()} guesses nothing; an audit takes a strategy that fetches what it guesses, such as infinigen")
+    token_ids = np.asarray(token_ids)
+    if token_ids.ndim != 2 or not 1 <= prompt_len < token_ids.shape[1]:
+        raise InputError(f"token_ids of shape {token_ids.shape} with prompt_len={prompt_len}: give [B, S] with 1 <= prompt_len < S")
+    check_vocabulary(model, token_ids)
+    batch, total = token_ids.shape
+    check_positions(model, prompt_len, total - prompt_len)
+    strategy = Strategy(strategy.policy, dataclasses.replace(strategy.store, transfer="device"))
+    lengths = np.full(batch, prompt_len, np.int32)
+    _, kv = run_prefill(model, strategy, token_ids[:, :prompt_len], lengths, total - prompt_len, prefill)
+    found, _ = _audit_steps(model.decoder, strategy, model.params, kv, jnp.asarray(token_ids[:, prompt_len:], jnp.int32))
+    stacked = {name: [np.asarray(found[layer][name]).T for layer in found] for name in MEASURES}
+    return Speculation(tuple(found), {name: np.reshape(values, (len(found), batch, -1)) for name, values in stacked.items()})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Audited:
+    """The KV state of a step under audit: the strategy's own, and what was found in each layer so far."""
+
+    kv: KVState
+    found: dict[int, Found]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """A step (kvjax.models.decoder.Step): a decode step that compares what was fetched for a layer with the truth before it attends."""
+
+    decode: Decode
+
+    def positions(self, state: Audited, num_tokens: int) -> Int[Array, "B 1"]:
+        return self.decode.positions(state.kv, num_tokens)
+
+    def look_ahead(self, layer: int, queries, state: Audited) -> Audited:
+        return dataclasses.replace(state, kv=self.decode.look_ahead(layer, queries, state.kv))
+
+    def attend(self, layer: int, q, k, v, state: Audited, guide=None):
+        found, cached = state.found, state.kv.layers[layer]
+        if cached.store.partial is not None and cached.store.staged is not None:
+            found = found | {layer: compare(self.decode.strategy, cached, q[:, 0], k[:, 0], state.kv)}
+        out, kv = self.decode.attend(layer, q, k, v, state.kv, guide)
+        return out, Audited(kv, found)
+
+    def hidden(self, x: Float[Array, "B 1 M"]) -> Float[Array, "B 1 M"]:
+        return self.decode.hidden(x)
+
+    def finish(self, state: Audited, num_tokens: int) -> Audited:
+        return dataclasses.replace(state, kv=self.decode.finish(state.kv, num_tokens))
+
+
+def compare(strategy: Strategy, layer: LayerState, q: Float[Array, "B H D"], k: Float[Array, "B Hkv D"], kv: KVState) -> Found:
+    """What is staged of a layer against what these queries would have chosen; `k` are the keys of the newest token, not stored yet."""
+    batch, _, dim = q.shape
+    keys, _ = strategy.store.tokens(layer.store, kv.shared, batch)
+    capacity, heads = keys.shape[1:3]
+    grouped = (q * dim**-0.5).astype(keys.dtype).reshape(batch, heads, -1, dim)
+    logits = jnp.einsum("bngd,bcnd->bngc", grouped, keys, preferred_element_type=jnp.float32)
+    newest = jnp.einsum("bngd,bnd->bng", grouped, k.astype(keys.dtype), preferred_element_type=jnp.float32)
+    held = layer.position >= 0 if layer.position is not None else jnp.arange(capacity) < kv.length[:, None, None]
+
+    fetched = _marked(layer.store.staged.slot, capacity)
+    slot, near = _unbounded(strategy.policy).select(logits, held, kv.length)
+    row, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
+    rank = jnp.full(fetched.shape, capacity).at[row, head, slot].set(jnp.arange(slot.shape[-1]))
+    size = fetched.sum(-1)
+
+    def share_of_top(count: Int[Array, "B h"]) -> Float[Array, " B"]:
+        return ((fetched & (rank < count[..., None])).sum(-1) / jnp.maximum(count, 1)).mean(-1)
+
+    true = jnp.concatenate([jnp.where(held[:, :, None], logits, NEG_INF), newest[..., None]], axis=-1)
+    read = jnp.pad(fetched, ((0, 0), (0, 0), (0, 1)), constant_values=True)
+    mass = (jax.nn.softmax(true) * read[:, :, None]).sum(-1)
+    return {
+        "precision": share_of_top(size),
+        "recall": share_of_top(near[:, None]),
+        "mass_covered": mass.mean((1, 2)),
+        "fetched": size.mean(-1),
+        "near": near.astype(jnp.float32),
+    }
+
+
+def _marked(slot: Int[Array, "B Hkv K"], capacity: int) -> Bool[Array, "B Hkv C"]:
+    """True in these slots; a slot that does not exist marks nothing."""
+    batch, heads, _ = slot.shape
+    row, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
+    return jnp.zeros((batch, heads, capacity), bool).at[row, head, slot].set(True, mode="drop")
+
+
+def _unbounded(policy: Policy) -> Policy:
+    """The policy without a limit on what it reads, where it has one that can be lifted."""
+    return policy if type(policy).with_budget is Policy.with_budget else policy.with_budget(1.0)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _audit_steps(
+    decoder: Decoder, strategy: Strategy, params, kv: KVState, tokens: Int[Array, "B T"]
+) -> tuple[dict[int, Mapping[str, Float[Array, "T B"]]], KVState]:
+    everyone: Bool[Array, " B"] = jnp.ones(tokens.shape[0], bool)
+
+    def one(kv, token):
+        result: Any = decoder.apply(params, token[:, None], Audited(kv, {}), Audit(Decode(everyone, strategy)))
+        return result[1].kv, result[1].found
+
+    kv, found = jax.lax.scan(one, kv, tokens.T)
+    return found, kv  # the state is returned so that the donated memory is reused
+
+
+def _mean(per_row: Float[np.ndarray, " R"]) -> Estimate:
+    rows = len(per_row)
+    return Estimate(float(per_row.mean()), float(per_row.std(ddof=1) / np.sqrt(rows)) if rows > 1 else None)

@@ -1,0 +1,189 @@
+"""InfiniGen's speculation: every implementation against the loop in NumPy.
+
+Queries and partial keys are small whole numbers where slots are compared: their products are exact in any order of addition and any of
+the dtypes, so counts, indices and ties must come out the same to the last one, and there are many ties.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kvjax.kernels.dispatch import UnsupportedError, interpreted
+from kvjax.kernels.speculate import Speculation, mosaic_gpu, reference, speculate
+
+IMPLEMENTATIONS = ("xla", "mosaic_gpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Rows of which some have the first slots visible, or any."""
+
+    capacity: int = 256
+    heads: int = 2
+    group: int = 2
+    dim: int = 11
+    counts: tuple[int, ...] = (0, 1, 127, 128, 129, 256)
+    dtype: str = "bfloat16"
+    limit: int = 64
+    alpha: float = 20.0
+    shared: bool = True  # which slots are visible is the same for all kv heads
+    scattered: bool = False
+
+    def __str__(self):
+        where = f"{'scattered' if self.scattered else 'first'}{'' if self.shared else '-a-head'}"
+        return f"c{self.capacity}-{self.heads}h-g{self.group}-d{self.dim}-{self.dtype}-a{self.alpha}-k{self.limit}-{where}"
+
+
+CASES = [
+    Case(),
+    Case(scattered=True, shared=False, capacity=640, counts=(511, 512, 513)),
+    Case(group=1, heads=3, dim=8, dtype="float16", alpha=0.5, counts=(255, 256)),  # one or two over the threshold
+    Case(group=5, dim=19, dtype="float32", capacity=1024, limit=1024, alpha=99.5, counts=(1024, 600)),  # everything is
+    Case(limit=1, alpha=4.5, counts=(1, 200)),
+    Case(dim=38, group=4, heads=1, counts=(200,)),
+]
+
+
+def problem(case: Case, rng: np.random.Generator):
+    """NaN in slots that are not visible."""
+    counts = np.array(case.counts)
+    shape = (len(counts), case.heads)
+    visible = np.arange(case.capacity) < counts[:, None, None]
+    visible = np.array(np.broadcast_to(visible, (len(counts), 1 if case.shared else case.heads, case.capacity)))
+    if case.scattered:
+        visible = rng.permuted(visible, axis=-1)
+        visible[1:] &= rng.random(visible[1:].shape) < 0.9
+    q = rng.integers(-3, 4, (*shape, case.group, case.dim)).astype(case.dtype)
+    keys = rng.integers(-4, 5, (*shape, case.dim, case.capacity)).astype(jnp.dtype(case.dtype))
+    keys[np.broadcast_to(~visible[:, :, None], keys.shape)] = np.nan
+    cap = np.where(np.arange(len(counts)) % 2, rng.integers(1, 9, len(counts)), case.limit + 3)  # one that matters, one that does not
+    return q, keys, visible, cap.astype(np.int32)
+
+
+def call(case: Case, arguments, implementation, function=speculate) -> Speculation:
+    run = jax.jit(partial(function, alpha=case.alpha, limit=case.limit, implementation=implementation))
+    if implementation == "xla":
+        return jax.device_get(run(*arguments))
+    with interpreted(implementation):
+        return jax.device_get(run(*arguments))
+
+
+def verify(case: Case, rng: np.random.Generator, implementation: str, function=speculate):
+    arguments = problem(case, rng)
+    found = call(case, arguments, implementation, function)
+    want = reference.speculate(*arguments, case.alpha, case.limit)
+    for name in Speculation._fields:
+        np.testing.assert_array_equal(getattr(found, name), getattr(want, name), err_msg=name)
+        assert getattr(found, name).dtype == getattr(want, name).dtype
+
+
+class TestSpeculate:
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_is_the_loop(self, case, implementation, rng):
+        verify(case, rng, implementation)
+
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    def test_logits_of_any_numbers(self, dtype, implementation, rng):
+        """The maximum is a logit, to float32; the slots chosen are in its order, to float32."""
+        case = Case(dtype=dtype, dim=25, alpha=99, limit=256, heads=1, counts=(256, 100))
+        q, keys, visible, cap = problem(case, rng)
+        q, keys = (rng.normal(size=x.shape).astype(x.dtype) for x in (q, keys))
+        found = call(case, (q, keys, visible, cap), implementation)
+        want = reference.speculate(q, keys, visible, cap, case.alpha, case.limit)
+        np.testing.assert_allclose(found.maximum, want.maximum, atol=2e-5, rtol=0)
+        np.testing.assert_array_equal(found.count, want.count)
+        np.testing.assert_array_equal(found.above, want.above)
+        for b, h in np.ndindex(found.maximum.shape):
+            chosen = found.index[b, h][: found.count[b]]
+            logits = reference.guess(q[b, h], keys[b, h])
+            assert len(set(chosen)) == len(chosen)
+            np.testing.assert_allclose(logits[chosen], np.sort(logits[visible[b, 0]])[::-1][: len(chosen)], atol=2e-5, rtol=0)
+
+    def test_reference_counts_as_the_paper_does(self):
+        """By hand: logits 9 8 5 5 1 and 3 0 0 0 0, threshold 4 below: 2 + 0.5 of two heads is (4 + 5) / 2 = 4."""
+        logits = np.array([[9, 8, 5, 5, 1], [3, 0, 0, 0, 0]], np.float32)
+        found = reference.speculate(
+            np.ones((1, 2, 1, 1), np.float32), logits[None, :, None], np.ones((1, 1, 5), bool), np.array([9]), 4.5, 5
+        )
+        assert found.above.tolist() == [[4, 5]]
+        assert found.count.tolist() == [4]
+        assert found.index.tolist() == [[[0, 1, 2, 3, 5], [0, 1, 2, 3, 5]]]
+        assert found.maximum.tolist() == [[9, 3]]
+
+    @pytest.mark.parametrize(
+        ("case", "reason"),
+        [(Case(capacity=200), "200 slots, which is no multiple of 128"), (Case(group=17), "17 query heads a kv head are more than 16")],
+    )
+    def test_kernel_says_what_it_cannot_do(self, case, reason, rng):
+        with pytest.raises(UnsupportedError, match=reason):
+            verify(case, rng, "mosaic_gpu")
+        verify(case, rng, "xla")
+
+    def test_wrong_shapes_are_refused(self, rng):
+        q, keys, visible, cap = problem(Case(), rng)
+        how = dict(alpha=4.0, limit=8)
+        with pytest.raises(ValueError, match="does not fit partial keys"):
+            speculate(q[..., 1:], keys, visible, cap, **how)
+        with pytest.raises(ValueError, match="visible"):
+            speculate(q, keys, visible[..., 1:], cap, **how)
+        with pytest.raises(ValueError, match="not one number for each of 6 rows"):
+            speculate(q, keys, visible, cap[1:], **how)
+        for limit in (0, 257):
+            with pytest.raises(ValueError, match=f"limit={limit} is not between 1 and the 256 slots of a row"):
+                speculate(q, keys, visible, cap, alpha=4.0, limit=limit)
+
+
+class TestTheTestsCanFail:
+    """Each of these is a mistake somebody could make; the cases above must notice."""
+
+    @staticmethod
+    def joins_a_group_by_its_first_head(q, *rest, **how):
+        return speculate(q[:, :, :1], *rest, **how)
+
+    @staticmethod
+    def sees_every_slot(q, keys, visible, cap, **how):
+        return speculate(q, jnp.nan_to_num(keys), visible | True, cap, **how)
+
+    @staticmethod
+    def has_no_cap(q, keys, visible, cap, **how):
+        return speculate(q, keys, visible, cap + 1000, **how)
+
+    @staticmethod
+    def counts_the_threshold_too(q, keys, visible, cap, alpha, **how):
+        return speculate(q, keys, visible, cap, alpha=alpha + 0.5, **how)
+
+    @staticmethod
+    def prefers_the_higher_slot(q, keys, visible, cap, **how):
+        found = speculate(q, keys[..., ::-1], visible[..., ::-1], cap, **how)
+        return found._replace(index=jnp.where(found.index == keys.shape[-1], keys.shape[-1], keys.shape[-1] - 1 - found.index))
+
+    @staticmethod
+    def counts_a_head_at_a_time(q, keys, visible, cap, **how):
+        found = speculate(q, keys, visible, cap, **how)
+        return found._replace(count=found.above.max(-1))
+
+    MUTANTS = (
+        joins_a_group_by_its_first_head, sees_every_slot, has_no_cap, counts_the_threshold_too, prefers_the_higher_slot,
+        counts_a_head_at_a_time,
+    )  # fmt: skip
+
+    @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+    def test_mistake_is_noticed(self, mutant, rng):
+        with pytest.raises(AssertionError):
+            verify(Case(heads=4, limit=200), rng, "xla", mutant)
+
+    def test_a_maximum_of_one_block_is_noticed(self, rng, monkeypatch):
+        guess = mosaic_gpu._guess
+
+        def first_block(*arguments):
+            logits, maximum = guess(*arguments)
+            return logits, maximum[..., :1]
+
+        monkeypatch.setattr(mosaic_gpu, "_guess", first_block)
+        with pytest.raises(AssertionError):
+            verify(Case(capacity=640, scattered=True, shared=False, heads=4), rng, "mosaic_gpu")
