@@ -1,10 +1,11 @@
-# Every target first makes the environment in .venv, and remakes it when what it depends on has changed.
+# Every target first makes its environment, .venv or .venv-aot, and remakes it when what it depends on has changed.
 
 PYTHON ?= python$(shell cat .python-version)
 BIN := .venv/bin
+AOT := .venv-aot/bin
 MODEL ?= kvjax-4m
 
-.PHONY: run test lint bench soak train environment
+.PHONY: run test lint bench soak train aot environment
 
 run: environment  ## compare four strategies on the bundled model
 	$(BIN)/python -m kvjax.run --compare=full,streaming,h2o,oracle_topk
@@ -26,9 +27,17 @@ soak: environment  ## thousands of requests at twice the sustainable rate, with 
 train: environment  ## train a bundled model: make train MODEL=kvjax-1m
 	$(BIN)/python -m kvjax.train --model=$(MODEL) --output_dir=runs/$(MODEL)
 
+aot: .venv-aot/installed  ## compile every kernel for an H200 and for TPUs, none of them here; CI: make aot AOT_FLAGS=--quick
+	$(AOT)/python -m experiments.aot $(AOT_FLAGS)
+
 environment: .venv/installed
 
 .venv/installed: pyproject.toml setup.py constraints.txt .python-version
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-aot/installed: pyproject.toml setup.py constraints.txt .python-version
+	test -x $(AOT)/python || $(PYTHON) -m venv .venv-aot
+	$(AOT)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[aot]'
 	touch $@

@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax import host_driven
 from kvjax.cache import CacheShape, Decode, KVState, Ledger, Prefill, Strategy, ledger, parse_strategy
 from kvjax.errors import InputError, SpecError
+from kvjax.host_driven import is_driven
 from kvjax.models import Decoder, Model
 from kvjax.models.guide import Guide, guides
 from kvjax.sampling import Sampling
@@ -148,7 +150,11 @@ def stream(
     done = 1
     while done < max_new_tokens and bool(np.asarray(remaining).any()):
         steps = min(steps_per_call, max_new_tokens - done)
-        kv, token, remaining, out = decode_steps(model.decoder, strategy, sampling, stops, steps, model.params, kv, token, remaining, seeds)
+        if is_driven(strategy):
+            kv, token, remaining, out = driven_steps(model, strategy, sampling, stops, steps, kv, token, remaining, seeds)
+        else:
+            arguments = (model.params, kv, token, remaining, seeds)
+            kv, token, remaining, out = decode_steps(model.decoder, strategy, sampling, stops, steps, *arguments)
         yield Emitted(np.asarray(out), kv)
         done += steps
 
@@ -179,6 +185,12 @@ def score(
     lengths = np.full(batch, prompt_len, np.int32)
     logits, kv = run_prefill(model, strategy, token_ids[:, :prompt_len], lengths, max(1, total - prompt_len, reserve), prefill)
     rest = jnp.asarray(token_ids[:, prompt_len:], jnp.int32)
+    if is_driven(strategy):
+        everyone, parts = jnp.ones(batch, bool), []
+        for t in range(rest.shape[1]):
+            fresh, kv = host_driven.decode(model, strategy, kv, rest[:, t], everyone)
+            parts.append(fresh)
+        return jnp.concatenate([logits[:, None], *parts], axis=1)
     following, _ = _score_steps(model.decoder, strategy, model.params, kv, rest)
     return jnp.concatenate([logits[:, None], following], axis=1)
 
@@ -313,6 +325,26 @@ def decode_steps(
         return *carry, out[:, None]
     (kv, token, remaining), out = jax.lax.scan(one, (kv, token, remaining), None, length=steps)
     return kv, token, remaining, out.T
+
+
+def driven_steps(
+    model: Model, strategy: Strategy, sampling: Sampling, stops: tuple[int, ...], steps: int, kv: KVState, token: Int[Array, " B"],
+    remaining: Int[Array, " B"], seeds: Int[Array, " B"],
+) -> tuple[KVState, Int[Array, " B"], Int[Array, " B"], Int[Array, "B steps"]]:  # fmt: skip
+    """`decode_steps` for a host that drives the layers."""
+    out = []
+    for _ in range(steps):
+        logits, kv = host_driven.decode(model, strategy, kv, token, remaining > 0)
+        token, remaining, fresh = _driven_token(sampling, stops, logits, token, remaining, seeds, kv.length)
+        out.append(fresh)
+    return kv, token, remaining, jnp.stack(out, axis=1)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _driven_token(sampling: Sampling, stops: tuple[int, ...], logits, token, remaining, seeds, length):
+    active = remaining > 0
+    token = jnp.where(active, sampling.choose(logits[:, 0], seeds, length), token)
+    return token, left_after(remaining, token, stops), jnp.where(active, token, -1)
 
 
 def decode_program(model: Model, strategy: Strategy, sampling: Sampling, kv: KVState, steps: int = 1) -> jax.stages.Compiled:

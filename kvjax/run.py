@@ -41,8 +41,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvjax import calibrate
-from kvjax.cache import STORES, DenseStore, Full, PagedStore, Strategy, parse_strategy, split_specs
-from kvjax.cache.stores import TRANSFERS, HostStore
+from kvjax.cache import STORES, DenseStore, Full, HostStore, PagedStore, Strategy, parse_strategy, split_specs
+from kvjax.cache.stores import TRANSFERS
 from kvjax.engine import load, metrics, offline, serve
 from kvjax.engine.engine import Engine
 from kvjax.errors import InputError, KvjaxError, SpecError
@@ -59,7 +59,7 @@ LOAD_FLAGS = ("request_rate", "ramp", "max_concurrency", "prompts", "trace")
 """Any of them asks for the serving engine."""
 
 LOAD_ONLY = (
-    *LOAD_FLAGS, "burstiness", "trace_speed", "shared_prefix", "kv_memory", "max_num_seqs", "max_num_batched_tokens",
+    *LOAD_FLAGS, "burstiness", "trace_speed", "shared_prefix", "kv_memory", "host_memory", "max_num_seqs", "max_num_batched_tokens",
     "enable_prefix_caching", "goodput",
 )  # fmt: skip
 OFFLINE_ONLY = ("batch_size", "prefill_mode", "quality")
@@ -105,6 +105,7 @@ def define_flags() -> None:
     flags.DEFINE_float("trace_speed", 1.0, "Replay the trace this much faster.", lower_bound=1e-9)
     flags.DEFINE_integer("shared_prefix", 0, "Tokens that all prompts begin with (under load).", lower_bound=0)
     flags.DEFINE_string("kv_memory", "64MiB", "Memory of the engine's cache: pages, metadata and staging together.")
+    flags.DEFINE_string("host_memory", None, "Memory of the host store's pool, such as 1GiB; default: twice what the rows in use need.")
     flags.DEFINE_integer("max_num_seqs", 64, "Requests the engine computes at a time.", lower_bound=1)
     flags.DEFINE_integer("max_num_batched_tokens", None, "Tokens of an engine step; default: max_num_seqs + 256.", lower_bound=1)
     flags.DEFINE_bool(
@@ -269,10 +270,15 @@ def make_load(model: Model) -> load.Load:
 def make_engine(model: Model, strategy: Strategy, sampling: Sampling, longest: int) -> Engine:
     """The engine that the flags describe, for requests of up to `longest` tokens."""
     return Engine(
-        model, strategy, kv_memory=FLAGS.kv_memory, max_num_seqs=FLAGS.max_num_seqs, max_model_len=max(longest, 2),
-        max_num_batched_tokens=FLAGS.max_num_batched_tokens, prefill_chunk=FLAGS.prefill_chunk or 256,
+        model, strategy, kv_memory=FLAGS.kv_memory, host_memory=host_memory(strategy), max_num_seqs=FLAGS.max_num_seqs,
+        max_model_len=max(longest, 2), max_num_batched_tokens=FLAGS.max_num_batched_tokens, prefill_chunk=FLAGS.prefill_chunk or 256,
         prefix_caching=FLAGS.enable_prefix_caching, sampling=sampling,
     )  # fmt: skip
+
+
+def host_memory(strategy: Strategy) -> str | None:
+    """Of the pool, for those strategies of a comparison that have one."""
+    return FLAGS.host_memory if isinstance(strategy.store, HostStore) else None
 
 
 def parse_rate(text: str | None) -> float:

@@ -254,6 +254,8 @@ def _by_depth(test: recall.RecallTest, hit: np.ndarray) -> np.ndarray:
 def collect(cases: Sequence[tuple[Bench, Strategy]], path: pathlib.Path, console: Console) -> list[Record]:
     """The record of every case, in order; what `path` does not hold yet is measured and added to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.read_text().endswith("\n"):
+        path.write_text("".join(json.dumps(r) + "\n" for r in read(path)))  # the last record was cut short
     found = {_key(r["settings"], r["strategy"]): r for r in read(path)}
     wanted = [(_key(dataclasses.asdict(bench.settings), strategy.describe()), bench, strategy) for bench, strategy in cases]
     missing = {key: (bench, strategy) for key, bench, strategy in wanted if key not in found}

@@ -96,7 +96,7 @@ def main(study: Study) -> None:
         del argv
         perform(study, *quality.settings(), Console(width=160))
 
-    quality.define_flags(OUTPUT_DIR, num_prompts=24)
+    quality.define_flags(OUTPUT_DIR, num_prompts=16)
     logging.set_verbosity(logging.WARNING)
     app.run(run)
 

@@ -7,6 +7,10 @@ The pool is `[P, J, Z, D]` for keys and for values. What one kv head holds in on
 which a TMA unit (or a TPU's DMA engine) fetches with one transfer, and both matrix products of a tile read it as it lies: keys with D
 contiguous are the K-major operand of a tensor core, values with D contiguous its M-major one. The CPU stores keep keys transposed, which
 suits XLA's CPU backend and costs a GPU half of every memory sector at small pages.
+
+A TPU keeps D in 128 lanes. XLA avoids the padding of a smaller D by a layout with pages innermost, which every call would copy; so there
+the pool is allocated with D rounded up to 128 and zeros behind (`pool_dim`), which costs what the padding would. Everywhere the pool's D
+may be larger than the queries'.
 """
 
 import dataclasses
@@ -29,6 +33,11 @@ OPERATION = Operation(
 )
 
 DENSE_PAGE_SIZES = (128, 64, 32, 16)
+
+
+def pool_dim(head_dim: int, platform: str) -> int:
+    """The D to allocate a pool with on "cpu", "gpu" or "tpu"; elements past the head dim stay zero."""
+    return -(-head_dim // mosaic_tpu.LANES) * mosaic_tpu.LANES if platform == "tpu" else head_dim
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +75,7 @@ def paged_attention(
 
     Args:
       q: [B, H, D], unscaled; bfloat16, float16 or float32.
-      k_pages, v_pages: [P, J, Z, D], of q's type, or int8 with scales.
+      k_pages, v_pages: [P, J, Z, D], of q's type, or int8 with scales; D may be larger than q's, with zeros in slots in use (`pool_dim`).
       block_tables: int32 [B, T], page t of row b, pages holding all kv heads (J = Hkv); or [B, Hkv, T] over pages of one head (J = 1).
       lengths: int32 [B], slots of a row in use: slots 0 .. length - 1 are read. A row of length 0 gives zeros.
       visible: narrows that down per slot, [B, Hkv, C] or, for all heads alike, [B, 1, C]: bool, or integers (positions) whose negative
@@ -85,8 +94,10 @@ def paged_attention(
     """
     tables = block_tables[:, None] if block_tables.ndim == 2 else block_tables
     _check(q, k_pages, v_pages, tables, lengths, visible, k_scales, v_scales)
+    dim = q.shape[-1]
+    queries = jnp.pad(q, ((0, 0), (0, 0), (0, k_pages.shape[-1] - dim)))
     out, logits, lse = OPERATION(
-        q if k_scales is not None else q.astype(k_pages.dtype),
+        queries if k_scales is not None else queries.astype(k_pages.dtype),
         k_pages,
         v_pages,
         tables.astype(jnp.int32),
@@ -94,11 +105,11 @@ def paged_attention(
         visible=visible,
         k_scales=k_scales,
         v_scales=v_scales,
-        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        scale=dim**-0.5 if scale is None else float(scale),
         statistics=statistics,
         implementation=implementation,
     )
-    out = out.astype(q.dtype)
+    out = out[..., :dim].astype(q.dtype)
     return (out, Statistics(logits, lse)) if statistics else out
 
 
@@ -117,12 +128,12 @@ def dense_attention(
 
     No copy is made. `page_size` must divide C; default: the largest of 128, 64, 32, 16 that does, or C itself.
     """
-    batch, heads, capacity, dim = k.shape
+    batch, heads, capacity, _ = k.shape
     size = page_size or next((size for size in DENSE_PAGE_SIZES if capacity % size == 0), capacity)
     if capacity % size:
         raise ValueError(f"page_size={size} does not divide the {capacity} slots of a row")
     tables = jnp.arange(batch * heads * (capacity // size), dtype=jnp.int32).reshape(batch, heads, -1)
-    k_pages, v_pages = (x.reshape(-1, 1, size, dim) for x in (k, v))
+    k_pages, v_pages = (x.reshape(-1, 1, size, x.shape[-1]) for x in (k, v))
     if k_scales is not None and v_scales is not None:
         options |= dict(k_scales=k_scales.reshape(-1, 1, size), v_scales=v_scales.reshape(-1, 1, size))
     return paged_attention(q, k_pages, v_pages, tables, lengths, **options)
@@ -138,8 +149,8 @@ def _check(q, k_pages, v_pages, tables, lengths, visible, k_scales, v_scales) ->
     batch, heads, dim = q.shape
     if k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
         raise ValueError(f"keys {k_pages.shape} {k_pages.dtype} and values {v_pages.shape} {v_pages.dtype} differ")
-    if k_pages.ndim != 4 or k_pages.shape[-1] != dim:
-        raise ValueError(f"pages are [P, J, Z, D] with D={dim} as in q; got {k_pages.shape}")
+    if k_pages.ndim != 4 or k_pages.shape[-1] < dim:
+        raise ValueError(f"pages are [P, J, Z, D] with D={dim} as in q or more; got {k_pages.shape}")
     if tables.ndim != 3 or tables.shape[0] != batch or lengths.shape != (batch,):
         raise ValueError(f"tables are [B, T] or [B, Hkv, T] and lengths [B] with B={batch}; got {tables.shape}, {lengths.shape}")
     page_heads, page_size = k_pages.shape[1:3]

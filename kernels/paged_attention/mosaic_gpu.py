@@ -221,8 +221,8 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
             for term, part in enumerate(_split(weights, terms, compute)):
                 plgpu.store(p_smem.at[term].T, plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED))
             if not staged:
-                hidden = start + TILE > length
-                pl.when(hidden if visible is None else True)(lambda: _clear(v_smem.at[slot], seen_rows))
+                hidden = start + TILE > length if visible is None else seen_rows.astype(jnp.int32).min() < 1
+                pl.when(hidden)(lambda: _clear(v_smem.at[slot], seen_rows))
             plgpu.commit_smem()
             parts = weighted(slot, seen_rows)
             out = [old * _over_rows(fade, old.shape) + new for old, new in zip(out, parts, strict=True)]
@@ -238,9 +238,10 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
         inverse = 1 / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         for (start, size), part in zip(blocks, out, strict=True):
             part *= _over_rows(inverse, part.shape)
-            plgpu.store(out_smem.at[:, pl.ds(start, size)].T, plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED))
+            part = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
+            plgpu.store(out_smem.at[:, pl.ds(start, size)].T, part, optimized=False)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem, out_ref.at[row, head, split])
+        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, group)], out_ref.at[row, head, split])
         plgpu.wait_smem_to_gmem(0)
 
     smem = plgpu.SMEM
@@ -259,7 +260,7 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
     queries = jnp.stack(_split(grouped, terms, compute), 2)
     inputs = [block_tables, lengths, queries, *(x.reshape(-1, page_size, dim) for x in (k_pages, v_pages))]
     out_type = [
-        jax.ShapeDtypeStruct((batch, kv_heads, splits, padded_group, dim), jnp.float32),
+        jax.ShapeDtypeStruct((batch, kv_heads, splits, group, dim), jnp.float32),
         jax.ShapeDtypeStruct((batch, kv_heads, splits, padded_group), jnp.float32),
     ]
     if staged:
@@ -284,7 +285,7 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=f"paged_attention_d{dim}_g{group}_z{page_size}_s{splits}",
     )(*inputs)
-    out, lse = join_splits(parts[:, :, :, :group], lse[:, :, :, :group])
+    out, lse = join_splits(parts, lse[..., :group])
     out = out.reshape(batch, heads, dim).astype(q.dtype)
     if not statistics:
         return out, None, None

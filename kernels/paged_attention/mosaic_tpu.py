@@ -21,7 +21,7 @@ from .reference import NEG_INF
 from .xla import seen_slots
 
 LANES = 128
-PAGES_A_TILE = 16  # at most: each is an input with buffers and a copy of its own
+PAGES_A_TILE = 8  # at most: each is an input with buffers and a copy of its own
 TILE_BYTES = 2 * 2**20  # of keys at a time; keys and values are double-buffered
 TABLE_BYTES = 512 * 2**10  # of scalar memory
 VMEM = 64 * 2**20
@@ -34,8 +34,8 @@ def supports(q, k_pages, v_pages, block_tables, lengths, *, visible=None, k_scal
         return f"queries are {q.dtype}, not bfloat16 or float32"
     if page_size % 16 or (LANES % page_size and page_size % LANES):
         return f"page_size={page_size} is not 16, 32, 64 or a multiple of 128"
-    if dim % 8 or dim > 256:
-        return f"head_dim={dim} is not a multiple of 8 up to 256"
+    if dim % LANES or dim > 256:
+        return f"a pool of head_dim={dim} would be copied by XLA; allocate it with {LANES} or 256 and zeros behind (pool_dim)"
     if 4 * block_tables.size > TABLE_BYTES:
         return f"block tables of {4 * block_tables.size} bytes do not fit scalar memory ({TABLE_BYTES}); larger pages make them smaller"
     return None
@@ -100,8 +100,8 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
     ]
     out_specs = [row_spec((1, page_heads, padded_group, dim)), row_spec((1, page_heads, padded_group, LANES))]
     if statistics:
-        out_shape.append(jax.ShapeDtypeStruct((*grouped.shape[:3], steps * tile), jnp.float32))
-        out_specs.append(tile_spec((1, page_heads, padded_group, tile)))
+        out_shape.append(jax.ShapeDtypeStruct((batch, heads, steps * tile), jnp.float32))
+        out_specs.append(tile_spec((1, page_heads * group, tile)))
 
     out, lse, *logits = pl.pallas_call(
         functools.partial(
@@ -126,7 +126,8 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
     if not statistics:
         return out, None, None
     seen = seen_slots(lengths, visible, capacity)[:, :, None]
-    logits = jnp.where(seen, logits[0][:, :, :group, :capacity], NEG_INF)  # skipped tiles hold anything
+    logits = logits[0].reshape(batch, kv_heads, group, -1)[..., :capacity]
+    logits = jnp.where(seen, logits, NEG_INF)  # skipped tiles hold anything
     return out, logits, lse[:, :, :group, 0]
 
 
@@ -167,7 +168,8 @@ def _body(_, lengths_ref, q_ref, *refs, count, tile, scale, quantized, has_visib
             values = jnp.where(kept, values, jnp.zeros_like(values))  # a weight of zero times NaN is NaN
         logits = jnp.where(seen, logits, NEG_INF)
         if statistics:
-            logits_ref[0] = logits
+            group = logits_ref.shape[1] // logits.shape[0]
+            logits_ref[0] = logits[:, :group].reshape(logits_ref.shape[1:])  # without the padding of the queries
         highest = highest_ref[:, :, :1]
         higher = jnp.maximum(highest, logits.max(-1, keepdims=True))
         fade = jnp.exp(highest - higher)

@@ -10,32 +10,32 @@ import jax.numpy as jnp
 from .. import shapes
 from ..dispatch import Name
 from ..shapes import Case, Geometry, array
-from .api import paged_attention
+from .api import paged_attention, pool_dim
 
-SIZES = ((1, 2048), (1, 8192), (1, 32768), (1, 131072), (32, 2048), (32, 8192), (32, 32768), (256, 2048), (256, 8192))  # rows, context
-PAGE_SIZES = (16, 32, 64, 128)
+SIZES = ((1, 2048, 16), (1, 131072, 128), (32, 8192, 64), (256, 2048, 32))  # rows, context, page size
+MODELS = (shapes.OPT_6_7B, shapes.OPT_13B, shapes.LLAMA_3_8B, shapes.QWEN3_8B)
+OTHER_DIMS = (shapes.LLAMA_3_2_1B, shapes.OPT_2_7B, shapes.PHI_3_MINI, shapes.GEMMA_2B)
 
 
 def cases() -> Iterator[Case]:
-    """Every size of the large models, page sizes in turn; every variant at one size; every head dim."""
+    """Every size of the large models (on TPUs, of one of them), every variant at one size, every head dim."""
     for implementation in ("mosaic_gpu", "mosaic_tpu"):
-        case = partial(_case, implementation)
-        for geometry in (shapes.OPT_6_7B, shapes.OPT_13B, shapes.LLAMA_3_8B, shapes.QWEN3_8B):
-            for index, (batch, context) in enumerate(SIZES):
-                quick = geometry is shapes.LLAMA_3_8B and (batch, context) == (32, 8192)
-                yield case(geometry, batch, context, PAGE_SIZES[index % 4], quick=quick)
+        case, on_gpu = partial(_case, implementation), implementation == "mosaic_gpu"
+        for geometry in MODELS:
+            for size in SIZES:
+                if on_gpu or geometry is shapes.LLAMA_3_8B or size == (32, 8192, 64):
+                    yield case(geometry, *size, quick=geometry is shapes.LLAMA_3_8B and size == (32, 8192, 64))
+        for geometry in (shapes.OPT_6_7B, shapes.LLAMA_3_8B):
             yield case(geometry, 32, 8192, 64, statistics=True, quick=geometry is shapes.OPT_6_7B)
-            yield case(geometry, 32, 2048, 64, statistics=True, positions=True, quick=geometry is shapes.LLAMA_3_8B)
-        for page_size in PAGE_SIZES:
-            yield case(shapes.LLAMA_3_8B, 32, 8192, page_size)
-            yield case(shapes.LLAMA_3_8B, 32, 8192, page_size, int8=True, quick=page_size == 32)
-        yield case(shapes.LLAMA_3_8B, 32, 8192, 64, int8=True, statistics=True, positions=True)
-        for geometry in (shapes.LLAMA_3_2_1B, shapes.OPT_2_7B, shapes.PHI_3_MINI, shapes.GEMMA_2B):
-            quick = geometry in (shapes.OPT_2_7B, shapes.GEMMA_2B)
-            yield case(geometry, 32, 2048, 64, quick=quick)
-            yield case(geometry, 32, 2048, 16, statistics=True, positions=True)
-            yield case(geometry, 32, 2048, 64, int8=True)
-        if implementation == "mosaic_gpu":
+            yield case(geometry, 32, 2048, 16, statistics=True, positions=True, quick=geometry is shapes.LLAMA_3_8B)
+        yield case(shapes.LLAMA_3_8B, 32, 8192, 32, int8=True, quick=True)
+        yield case(shapes.LLAMA_3_8B, 32, 8192, 128, int8=True, statistics=True, positions=True)
+        for geometry in OTHER_DIMS:
+            yield case(geometry, 32, 2048, 64, quick=geometry in (shapes.OPT_2_7B, shapes.GEMMA_2B))
+            if on_gpu:
+                yield case(geometry, 32, 2048, 16, statistics=True, positions=True)
+                yield case(geometry, 32, 2048, 64, int8=True)
+        if on_gpu:
             yield case(shapes.LLAMA_3_8B, 32, 8192, 64, dtype=jnp.float16)
         yield case(shapes.LLAMA_3_8B, 32, 2048, 64, dtype=jnp.float32)
     yield _case("xla", shapes.LLAMA_3_8B, 32, 2048, 64, quick=True)
@@ -55,7 +55,8 @@ def _case(
     quick: bool = False,
 ) -> Case:
     pages = context // page_size
-    pool = (batch * pages, geometry.kv_heads, page_size, geometry.head_dim)
+    dim = pool_dim(geometry.head_dim, "tpu" if implementation == "mosaic_tpu" else "gpu")
+    pool = (batch * pages, geometry.kv_heads, page_size, dim)
     stored = jnp.int8 if int8 else dtype
     arguments = dict(
         q=array((batch, geometry.heads, geometry.head_dim), dtype),

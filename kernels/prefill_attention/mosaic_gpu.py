@@ -24,12 +24,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ..dispatch import current_device
 from .base import LOG2E, NEG_INF, padded
 
-WARPGROUPS = 2
-KEYS_AT_A_TIME = 64  # of a warpgroup: 64 x 128 scores are 64 registers a thread, and twice that many do not fit
 SHARED_MEMORY = 232448 - 2048  # bytes of a block on Hopper, less room for barriers and reductions
 SOFTMAX = plgpu.CompilerParams(approx_math=True)
 ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 """Layouts of one number per row, and per column, of a wgmma tile."""
+
+MASKED_QUERIES, MASKED_KEYS = 32, 64
+"""Columns of a tile that is masked, in column mass and in attention. The indices they are compared by are registers too, so a wider tile
+is taken in parts."""
+
+HEIGHT = 64
+"""Rows of a tile: keys of a warpgroup in column mass, queries of a warpgroup in attention."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,29 +42,34 @@ class Config:
     """Tile sizes of column mass.
 
     Attributes:
-      keys: of one warpgroup; 64 or 128.
+      warpgroups: of a block, each with its own 64 keys.
       queries: of a tile.
       stages: tiles of queries under way.
     """
 
-    keys: int = 128
-    queries: int = 128
-    stages: int = 3
+    warpgroups: int
+    queries: int
+    stages: int
+
+    @property
+    def keys(self) -> int:
+        """Of a block."""
+        return self.warpgroups * HEIGHT
 
     def shared_memory(self, dim: int) -> int:
         """Bytes of a block's tiles."""
-        tile = self.queries * (2 * dim + 4)
-        return WARPGROUPS * self.keys * (2 * dim + 4) + self.stages * tile
+        return self.keys * (2 * dim + 4) + self.stages * self.queries * (2 * dim + 4)
+
+
+CONFIGS = (Config(4, 128, 3), Config(2, 128, 3), Config(2, 128, 2), Config(1, 128, 2))
+"""From the one that reads queries least often to the one that makes the most blocks."""
 
 
 def config_for(batch: int, kv_heads: int, length: int, dim: int, cores: int) -> Config:
-    """The largest tiles that fit and still give every multiprocessor a block."""
+    """The first that fits and gives every multiprocessor a block; where none does, the one that makes the most."""
     fitting = [config for config in CONFIGS if config.shared_memory(dim) <= SHARED_MEMORY]
-    busy = [config for config in fitting if batch * kv_heads * pl.cdiv(length, WARPGROUPS * config.keys) >= cores]
+    busy = [config for config in fitting if batch * kv_heads * pl.cdiv(length, config.keys) >= cores]
     return (busy or fitting[-1:])[0]
-
-
-CONFIGS = (Config(128, 128, 3), Config(64, 128, 3), Config(64, 64, 3))
 
 
 def supports(q, k, lse, start, count, scale: float) -> str | None:
@@ -86,7 +96,7 @@ def column_mass(q, k, lse, start, count, scale: float, config: Config | None = N
     length, kv_heads = k.shape[1:3]
     config = config or config_for(batch, kv_heads, length, dim, current_device().cores or 132)
     q, lse = padded(q, 1, config.queries), padded(lse * LOG2E, 2, config.queries)
-    k = padded(k, 1, WARPGROUPS * config.keys)
+    k = padded(k, 1, config.keys)
     tiles = _tiled(dim, q.dtype)
 
     def body(q, k, lse, settings, mass, **scratch):
@@ -96,20 +106,20 @@ def column_mass(q, k, lse, start, count, scale: float, config: Config | None = N
         body,
         out_type=jax.ShapeDtypeStruct((batch, kv_heads, k.shape[1]), jnp.float32),
         scratch_types=dict(
-            k_smem=plgpu.SMEM((WARPGROUPS, config.keys, dim), k.dtype, transforms=tiles),
+            k_smem=plgpu.SMEM((config.warpgroups, HEIGHT, dim), k.dtype, transforms=tiles),
             q_smem=plgpu.SMEM((config.stages, config.queries, dim), q.dtype, transforms=tiles),
             lse_smem=plgpu.SMEM((config.stages, config.queries), jnp.float32),
-            mass_smem=plgpu.SMEM((WARPGROUPS, config.keys), jnp.float32),
-            k_here=plgpu.Barrier(num_barriers=WARPGROUPS),
+            mass_smem=plgpu.SMEM((config.warpgroups, HEIGHT), jnp.float32),
+            k_here=plgpu.Barrier(num_barriers=config.warpgroups),
             q_here=plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
-            q_done=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=config.stages),
+            q_done=plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
         ),
-        grid=(k.shape[1] // (WARPGROUPS * config.keys), kv_heads, batch),
+        grid=(k.shape[1] // config.keys, kv_heads, batch),
         grid_names=("keys", "head", "row"),
-        num_threads=WARPGROUPS,
+        num_threads=config.warpgroups,
         thread_name="warpgroup",
         compiler_params=SOFTMAX,
-        kernel_name=f"column_mass_g{heads // kv_heads}_d{dim}_k{config.keys}_q{config.queries}_s{config.stages}",
+        kernel_name=f"column_mass_g{heads // kv_heads}_d{dim}_w{config.warpgroups}_q{config.queries}_s{config.stages}",
     )(q, k, lse, jnp.stack([start, count], -1).astype(jnp.int32))
     return mass[..., :length]
 
@@ -119,15 +129,14 @@ def _column_mass(
 ):  # fmt: skip
     row, head, warpgroup = (lax.axis_index(name) for name in ("row", "head", "warpgroup"))
     start, count, group = settings[row, 0], settings[row, 1], q.shape[2] // k.shape[2]
-    keys, queries, stages = config.keys, config.queries, config.stages
-    tile = (KEYS_AT_A_TIME, queries)
-    first = lax.axis_index("keys") * (WARPGROUPS * keys)
-    mine = first + warpgroup * keys
+    queries, stages = config.queries, config.stages
+    first = lax.axis_index("keys") * config.keys
+    mine = first + warpgroup * HEIGHT
 
     # Tiles of queries: begin is the first that sees a key of this block; from full to tail (exclusive) all queries of a tile see all keys.
     begin = lax.div(jnp.maximum(first - start, 0), queries)
     end = jnp.maximum(begin, lax.div(count + (queries - 1), queries))
-    full = jnp.clip(lax.div(jnp.maximum(first + WARPGROUPS * keys - 1 - start, 0) + (queries - 1), queries), begin, end)
+    full = jnp.clip(lax.div(jnp.maximum(first + config.keys - 1 - start, 0) + (queries - 1), queries), begin, end)
     tail = jnp.clip(lax.div(count, queries), full, end)
     steps = (end - begin) * group
 
@@ -141,38 +150,38 @@ def _column_mass(
         for step in range(stages):
             pl.when(step < steps)(lambda step=step: fetch(jnp.int32(step)))
 
-    plgpu.copy_gmem_to_smem(k.at[row, pl.ds(mine, keys), head], k_smem.at[warpgroup], k_here.at[warpgroup])
+    plgpu.copy_gmem_to_smem(k.at[row, pl.ds(mine, HEIGHT), head], k_smem.at[warpgroup], k_here.at[warpgroup])
     plgpu.barrier_wait(k_here.at[warpgroup])
 
     def visit(step, total, masked: bool):
         slot = lax.rem(step, stages)
         _refill(step, steps, stages, warpgroup, q_done, fetch)
         plgpu.barrier_wait(q_here.at[slot])
-        sums = lax.broadcast_in_dim(plgpu.load(lse_smem.at[slot], layout=COLUMNS), tile, [1])
-        total = list(total)
-        for part, offset in enumerate(range(0, keys, KEYS_AT_A_TIME)):
-            scores = _product(k_smem.at[warpgroup, pl.ds(offset, KEYS_AT_A_TIME)], q_smem.at[slot].transpose((1, 0)), tile)
-            weights = jnp.exp2(scores * scale - sums)
+        width = MASKED_QUERIES if masked else queries
+        for offset in range(0, queries, width):
+            tile, part = (HEIGHT, width), pl.ds(offset, width)
+            scores = _product(k_smem.at[warpgroup], q_smem.at[slot, part].transpose((1, 0)), tile)
+            sums = plgpu.load(lse_smem.at[slot, part], layout=COLUMNS)
+            weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(sums, tile, [1]))
             if masked:
-                index = (begin + lax.div(step, group)) * queries + _iota(tile, 1)
-                weights = jnp.where((index + start >= mine + offset + _iota(tile, 0)) & (index < count), weights, 0.0)
-            total[part] = lax.optimization_barrier(total[part] + weights.sum(1))  # or both parts are in registers at a time
+                index = (begin + lax.div(step, group)) * queries + offset + _iota(tile, 1)
+                weights = jnp.where((index + start >= mine + _iota(tile, 0)) & (index < count), weights, 0.0)
+            total += weights.sum(1)
         plgpu.commit_smem()
         plgpu.barrier_arrive(q_done.at[slot])
         return total
 
-    total = [plgpu.layout_cast(jnp.zeros((KEYS_AT_A_TIME,), jnp.float32), ROWS)] * (keys // KEYS_AT_A_TIME)
+    total = plgpu.layout_cast(jnp.zeros((HEIGHT,), jnp.float32), ROWS)
     for low, high, masked in ((begin, full, True), (full, tail, False), (tail, end, True)):
         total = lax.fori_loop((low - begin) * group, (high - begin) * group, lambda i, t, m=masked: visit(i, t, m), total)
-    for part, offset in enumerate(range(0, keys, KEYS_AT_A_TIME)):
-        plgpu.store(mass_smem.at[warpgroup, pl.ds(offset, KEYS_AT_A_TIME)], total[part])
+    plgpu.store(mass_smem.at[warpgroup], total)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(mass_smem.at[warpgroup], mass.at[row, head, pl.ds(mine, keys)])
+    plgpu.copy_smem_to_gmem(mass_smem.at[warpgroup], mass.at[row, head, pl.ds(mine, HEIGHT)])
     plgpu.wait_smem_to_gmem(0)
 
 
-QUERIES = 64
-"""Of a warpgroup, in attention."""
+WARPGROUPS = 2
+"""Of a block, in attention."""
 
 KEYS = 128
 """Of a tile, in attention."""
@@ -185,8 +194,7 @@ def prefill_attention(q, k, v, start, count, scale: float):
     """See api.py."""
     batch, size, heads, dim = q.shape
     tiles, wide = _tiled(dim, q.dtype), _tiled(KEYS, q.dtype)
-    values = jnp.where((jnp.arange(v.shape[1]) < (start + count)[:, None])[..., None, None], v, 0)  # a tensor core makes NaN of 0 * NaN
-    q, k, values = padded(q, 1, WARPGROUPS * QUERIES), padded(k, 1, KEYS), padded(values.astype(q.dtype), 1, KEYS)
+    q, k, v = padded(q, 1, WARPGROUPS * HEIGHT), padded(k, 1, KEYS), padded(v.astype(q.dtype), 1, KEYS)
 
     def body(q, k, v, settings, out, lse, **scratch):
         _attention(q, k, v, settings, out, lse, scale * LOG2E, **scratch)
@@ -196,37 +204,37 @@ def prefill_attention(q, k, v, start, count, scale: float):
         body,
         out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, heads, q.shape[1]), jnp.float32)),
         scratch_types=dict(
-            q_smem=plgpu.SMEM((WARPGROUPS, QUERIES, dim), q.dtype, transforms=tiles),
+            q_smem=plgpu.SMEM((WARPGROUPS, HEIGHT, dim), q.dtype, transforms=tiles),
             k_smem=ring,
             v_smem=ring,
-            p_smem=plgpu.SMEM((WARPGROUPS, QUERIES, KEYS), q.dtype, transforms=wide),
-            lse_smem=plgpu.SMEM((WARPGROUPS, QUERIES), jnp.float32),
+            p_smem=plgpu.SMEM((WARPGROUPS, HEIGHT, KEYS), q.dtype, transforms=wide),
+            lse_smem=plgpu.SMEM((WARPGROUPS, HEIGHT), jnp.float32),
             q_here=plgpu.Barrier(num_barriers=WARPGROUPS),
             kv_here=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
             kv_done=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
+            clean=plgpu.Barrier(num_arrivals=WARPGROUPS),
         ),
-        grid=(q.shape[1] // (WARPGROUPS * QUERIES), heads, batch),
+        grid=(q.shape[1] // (WARPGROUPS * HEIGHT), heads, batch),
         grid_names=("queries", "head", "row"),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
         compiler_params=SOFTMAX,
         kernel_name=f"prefill_attention_g{heads // k.shape[2]}_d{dim}",
-    )(q, k, values, jnp.stack([start, count], -1).astype(jnp.int32))
+    )(q, k, v, jnp.stack([start, count], -1).astype(jnp.int32))
     return out[:, :size], lse[..., :size]
 
 
 def _attention(
-    q, k, v, settings, out, lse, scale: float, q_smem, k_smem, v_smem, p_smem, lse_smem, q_here, kv_here, kv_done
+    q, k, v, settings, out, lse, scale: float, q_smem, k_smem, v_smem, p_smem, lse_smem, q_here, kv_here, kv_done, clean
 ):  # fmt: skip
     row, head, warpgroup = (lax.axis_index(name) for name in ("row", "head", "warpgroup"))
     start, count, dim = settings[row, 0], settings[row, 1], q.shape[3]
     kv_head = lax.div(head, q.shape[2] // k.shape[2])
-    block = q.shape[1] // (WARPGROUPS * QUERIES) - 1 - lax.axis_index("queries")  # the longest come first
-    first = block * (WARPGROUPS * QUERIES)
-    mine = first + warpgroup * QUERIES
-    tile = (QUERIES, KEYS)
+    block = q.shape[1] // (WARPGROUPS * HEIGHT) - 1 - lax.axis_index("queries")  # the longest come first
+    first = block * (WARPGROUPS * HEIGHT)
+    mine = first + warpgroup * HEIGHT
     end = start + count
-    steps = jnp.where(first < count, lax.div(jnp.minimum(start + first + WARPGROUPS * QUERIES, end) + (KEYS - 1), KEYS), 0)
+    steps = jnp.where(first < count, lax.div(jnp.minimum(start + first + WARPGROUPS * HEIGHT, end) + (KEYS - 1), KEYS), 0)
     full = jnp.minimum(lax.div(start + first + 1, KEYS), steps)  # tiles that every query of the block sees all of
 
     def fetch(step):
@@ -234,7 +242,7 @@ def _attention(
         plgpu.copy_gmem_to_smem(k.at[row, here, kv_head], k_smem.at[slot], kv_here.at[slot])
         plgpu.copy_gmem_to_smem(v.at[row, here, kv_head], v_smem.at[slot], kv_here.at[slot])
 
-    plgpu.copy_gmem_to_smem(q.at[row, pl.ds(mine, QUERIES), head], q_smem.at[warpgroup], q_here.at[warpgroup])
+    plgpu.copy_gmem_to_smem(q.at[row, pl.ds(mine, HEIGHT), head], q_smem.at[warpgroup], q_here.at[warpgroup])
 
     @pl.when(warpgroup == 0)
     def _():
@@ -243,41 +251,56 @@ def _attention(
 
     plgpu.barrier_wait(q_here.at[warpgroup])
 
+    def wipe(slot, count):
+        """Zeros for the values of a tile beyond the first `count`: a tensor core makes NaN of zero times what may stand there."""
+        part = pl.ds(warpgroup * (KEYS // WARPGROUPS), KEYS // WARPGROUPS)
+        values = plgpu.load(v_smem.at[slot, part], layout=plgpu.Layout.WGMMA)
+        index = warpgroup * (KEYS // WARPGROUPS) + _iota((KEYS // WARPGROUPS, dim), 0)
+        plgpu.store(v_smem.at[slot, part], jnp.where(index < count, values, jnp.zeros_like(values)))
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(clean)
+        plgpu.barrier_wait(clean)
+
     def visit(step, carry, masked: bool):
         highest, total, weighted = carry
         slot = lax.rem(step, STAGES)
         _refill(step, steps, STAGES, warpgroup, kv_done, fetch)
         plgpu.barrier_wait(kv_here.at[slot])
-        scores = _product(q_smem.at[warpgroup], k_smem.at[slot].transpose((1, 0)), tile) * scale
         if masked:
-            at, index = step * KEYS + _iota(tile, 1), mine + _iota(tile, 0)
-            scores = jnp.where((at <= index + start) & (at < end), scores, NEG_INF)
-        higher = jnp.maximum(highest, scores.max(1))
-        weights = jnp.exp2(scores - lax.broadcast_in_dim(higher, tile, [0]))
-        fade = jnp.exp2(highest - higher)
-        total = total * fade + weights.sum(1)
-        weighted *= lax.broadcast_in_dim(fade, (QUERIES, dim), [0])
-        plgpu.store(p_smem.at[warpgroup], weights.astype(q.dtype))
-        plgpu.commit_smem()
-        part = _product(p_smem.at[warpgroup], v_smem.at[slot], (QUERIES, dim))
+            pl.when(end < (step + 1) * KEYS)(lambda: wipe(slot, end - step * KEYS))
+        width = MASKED_KEYS if masked else KEYS
+        for offset in range(0, KEYS, width):
+            tile, part = (HEIGHT, width), pl.ds(offset, width)
+            scores = _product(q_smem.at[warpgroup], k_smem.at[slot, part].transpose((1, 0)), tile) * scale
+            if masked:
+                at, index = step * KEYS + offset + _iota(tile, 1), mine + _iota(tile, 0)
+                scores = jnp.where((at <= index + start) & (at < end), scores, NEG_INF)
+            higher = jnp.maximum(highest, scores.max(1))
+            weights = jnp.exp2(scores - lax.broadcast_in_dim(higher, tile, [0]))
+            fade = jnp.exp2(highest - higher)
+            highest, total = higher, total * fade + weights.sum(1)
+            plgpu.store(p_smem.at[warpgroup, :, part], weights.astype(q.dtype))
+            plgpu.commit_smem()
+            weighted *= lax.broadcast_in_dim(fade, (HEIGHT, dim), [0])
+            weighted += _product(p_smem.at[warpgroup, :, part], v_smem.at[slot, part], (HEIGHT, dim))
         plgpu.barrier_arrive(kv_done.at[slot])
-        return higher, total, weighted + part
+        return highest, total, weighted
 
     def rows(value):
-        return plgpu.layout_cast(jnp.full((QUERIES,), value, jnp.float32), ROWS)
+        return plgpu.layout_cast(jnp.full((HEIGHT,), value, jnp.float32), ROWS)
 
-    carry = rows(NEG_INF), rows(0), plgpu.layout_cast(jnp.zeros((QUERIES, dim), jnp.float32), plgpu.Layout.WGMMA)
+    carry = rows(NEG_INF), rows(0), plgpu.layout_cast(jnp.zeros((HEIGHT, dim), jnp.float32), plgpu.Layout.WGMMA)
     carry = lax.fori_loop(0, full, lambda i, c: visit(i, c, False), carry)
     highest, total, weighted = lax.fori_loop(full, steps, lambda i, c: visit(i, c, True), carry)
 
-    index = mine + plgpu.broadcasted_iota(jnp.int32, (QUERIES, dim), 0, layout=plgpu.Layout.WGMMA)
-    share = lax.broadcast_in_dim(1 / jnp.maximum(total, 1e-30), (QUERIES, dim), [0])
+    index = mine + _iota((HEIGHT, dim), 0)
+    share = lax.broadcast_in_dim(1 / jnp.maximum(total, 1e-30), (HEIGHT, dim), [0])
     plgpu.store(q_smem.at[warpgroup], jnp.where(index < count, weighted * share, 0.0).astype(q.dtype))
-    counts = mine + plgpu.layout_cast(lax.iota(jnp.int32, QUERIES), ROWS) < count
+    counts = mine + plgpu.layout_cast(lax.iota(jnp.int32, HEIGHT), ROWS) < count
     plgpu.store(lse_smem.at[warpgroup], jnp.where(counts, (highest + jnp.log2(jnp.maximum(total, 1e-30))) / LOG2E, jnp.inf))
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], out.at[row, pl.ds(mine, QUERIES), head])
-    plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse.at[row, head, pl.ds(mine, QUERIES)])
+    plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], out.at[row, pl.ds(mine, HEIGHT), head])
+    plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse.at[row, head, pl.ds(mine, HEIGHT)])
     plgpu.wait_smem_to_gmem(0)
 
 

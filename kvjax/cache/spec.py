@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import math
 
 from kvjax.cache.policies import POLICIES, Policy
 from kvjax.cache.stores import STORES, HostStore, PagedStore
@@ -102,7 +103,7 @@ def split_specs(text: str) -> list[str]:
 def _value(node: ast.expr, spec: str) -> object:
     """A number, a quoted or bare word, True or False."""
     if isinstance(node, ast.Name):
-        return node.id
+        return math.inf if node.id == "inf" else node.id
     try:
         return ast.literal_eval(node)
     except ValueError:

@@ -242,9 +242,14 @@ class Strategy:
         """The layer with these tokens staged; without a choice, with all of them."""
         assert isinstance(self.store, HostStore)
         with jax.named_scope("fetch"):
-            held = jnp.where(active, jnp.minimum(kv.length, layer.store.slots), 0)
-            slot, count = choice or (None, held)
+            held, in_use = self.held(layer, kv, active)
+            slot, count = choice or (None, in_use)
             return dataclasses.replace(layer, store=self.store.prefetch(layer.store, kv.shared, slot, count, held))
+
+    def held(self, layer: LayerState, kv: KVState, active: Bool[Array, " B"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+        """Tokens of every active row, and how many of its first slots hold them all: a freed slot may lie between."""
+        stored = self._stored(layer, kv) & active[:, None, None]
+        return stored.sum(-1).max(-1), jnp.where(stored, jnp.arange(1, stored.shape[-1] + 1), 0).max((1, 2))
 
     def _stored(self, layer: LayerState, kv: KVState) -> Bool[Array, "B h C"]:
         """The slots that hold a token."""
@@ -271,7 +276,7 @@ class Strategy:
         if score is not None:
             stored = jnp.where(here, self.policy.initial_score(k, v), score)
             stored = stored if mass is None else policy.observe(stored, mass)
-            if isinstance(self.store, HostStore) and policy.speculates:
+            if isinstance(self.store, HostStore) and layer.store.partial is not None:  # to read everything tells nothing of use
                 stored = policy.observe_use(stored, self.store.used(layer.store), length[:, None, None])
             score = jnp.where(active[:, None, None], stored, score)
         following = slot + 1

@@ -12,9 +12,11 @@ from kvjax.cache import Ledger, Strategy, ledger
 from kvjax.engine.metrics import Timeline, summarise
 from kvjax.errors import InputError
 from kvjax.generation import PrefillPlan, check_vocabulary, decode_program, score, stream
+from kvjax.host_driven import is_driven
 from kvjax.models import Model
 from kvjax.models.tokenizer import ByteTokenizer
-from kvjax.quality import fidelity, recall, speculation
+from kvjax.quality import fidelity, recall
+from kvjax.quality.speculation import Speculation, audit
 from kvjax.sampling import Sampling
 
 Progress = Callable[[str], None]
@@ -92,7 +94,7 @@ class Measurement:
     recall: dict[float, float]
     samples: list[list[int]]
     transfer: str | None = None
-    speculation: speculation.Speculation | None = None
+    speculation: Speculation | None = None
 
     @property
     def recall_mean(self) -> float | None:
@@ -179,7 +181,7 @@ def measure(
         samples += tokens[:real].tolist()
         progress("generated")
     transient = None
-    if output_len > 1:
+    if output_len > 1 and not is_driven(strategy):  # the scratch of the one program a step is, where it is one
         analysis = decode_program(model, strategy, sampling, state).memory_analysis()
         transient = None if analysis is None else analysis.temp_size_in_bytes
     books = ledger(strategy, state, transient)
@@ -199,7 +201,7 @@ def measure(
     guesses = None
     if strategy.policy.speculates and (against is not None or workload.tests):
         _, rows, _ = next(batches(workload, batch_size))
-        guesses = speculation.audit(model, strategy, rows, prompt_len=prompt_len, prefill=plan)
+        guesses = audit(model, strategy, rows, prompt_len=prompt_len, prefill=plan)
     quality = fidelity.Comparison(*(np.concatenate(x) for x in zip(*parts, strict=True))).summary(seed) if parts else {}
     return Measurement(
         strategy.describe(),

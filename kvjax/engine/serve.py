@@ -6,9 +6,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from kvjax.cache import HostStore
 from kvjax.engine.engine import Engine, Output, RequestRefused
 from kvjax.engine.load import Load, Request
 from kvjax.engine.metrics import Goodput, Sample, Timeline, summarise, summarise_series
+from kvjax.generation import cache_shape
 
 SAMPLE_EVERY = 0.02
 """Seconds between samples of the engine's state."""
@@ -56,6 +60,7 @@ class Service:
       duration: seconds from the beginning to the end of the last request.
       steps: of the engine.
       complete: False when it was interrupted.
+      traffic: of a host store, per layer: tokens decoded, rows held, wanted and moved [L, 4].
     """
 
     served: tuple[Served, ...]
@@ -63,6 +68,7 @@ class Service:
     duration: float
     steps: int
     complete: bool
+    traffic: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 4)))
 
     def record_note(self) -> str:
         """One line on how far it got."""
@@ -74,7 +80,7 @@ class Service:
         failed = sum(not s.completed for s in self.served)
         series = summarise_series(self.samples)
         budget = engine.budget
-        held = sum(s.kv_usage * budget.num_pages * budget.page for s in self.samples)
+        held = sum(s.kv_usage * budget.num_pages * (budget.page or budget.row) for s in self.samples)
         context = sum(s.context_tokens for s in self.samples)
         return {
             **summarise(timelines, self.duration, (50, 90, 95, 99), failed=failed, goodput=goodput, closed_loop=closed_loop),
@@ -91,7 +97,25 @@ class Service:
             "kv_staging_bytes": budget.staging,
             "kv_peak_used_bytes": round(float(series["kv_usage_peak"] or 0) * budget.num_pages) * budget.page,
             "kv_bytes_per_token": held / context if context else None,
+            **self._host_record(engine),
         }
+
+    def _host_record(self, engine: Engine) -> dict[str, Any]:
+        """What stood in host memory, and what crossed over; nothing without a host store."""
+        store = engine.strategy.store
+        if not isinstance(store, HostStore):
+            return {}
+        tokens, held, wanted, moved = (self.traffic[:, i] for i in range(4))
+        shape = cache_shape(engine.model)
+        row = 2 * shape.head_dim * np.dtype(shape.dtype).itemsize
+        found: dict[str, Any] = {
+            "transfer": store.transfer,
+            "kv_host_total_bytes": engine.budget.num_pages * engine.budget.seat,
+            "kv_bytes_moved_per_token": float(moved.sum() * row / tokens.max()) if tokens.any() and store.transfer != "device" else 0.0,
+        }
+        if held.all():
+            found |= {"kv_fetched_fraction": float((moved / held).mean()), "kv_wanted_fraction": float((wanted / held).mean())}
+        return found
 
 
 def serve(
@@ -116,7 +140,7 @@ def serve(
     samples: list[Sample] = []
     under_way = ended = 0
     freed = 0.0  # when the client last got a place back
-    before, steps = engine.sample(0.0), engine.steps
+    before, steps, traffic = engine.sample(0.0), engine.steps, engine.traffic()
     complete, began, last = True, time.perf_counter(), 0.0
 
     def now() -> float:
@@ -169,4 +193,4 @@ def serve(
             engine.step()
     sample()
     progress(ended, under_way)
-    return Service(tuple(served.values()), tuple(samples), last, engine.steps - steps, complete)
+    return Service(tuple(served.values()), tuple(samples), last, engine.steps - steps, complete, engine.traffic() - traffic)

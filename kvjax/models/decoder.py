@@ -10,7 +10,7 @@ matrix products of batched decoding.
 """
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import flax.linen as nn
 import jax
@@ -52,13 +52,19 @@ class Step(Protocol[KV]):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer (see ModelConfig for the families it covers)."""
+    """A decoder-only transformer (see ModelConfig for the families it covers).
+
+    Attributes:
+      part: `all`, or for whoever runs the layers one by one: `embed` gives hidden states and rotation, `head` takes hidden states and gives
+        logits.
+    """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
+    part: Literal["all", "embed", "head"] = "all"
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "B S"], kv: KV, step: Step[KV]) -> tuple[Float[Array, "B T V"], KV]:
+    def __call__(self, tokens: Any, kv: KV, step: Step[KV]) -> tuple[Float[Array, "B T V"], KV]:
         """Runs `tokens` through every layer.
 
         Returns float32 logits for the positions `step.hidden` selects, and the new KV state.
@@ -66,6 +72,8 @@ class Decoder(nn.Module):
         config = self.config
         width = config.embedding_size or config.hidden_size
         table = self.param("embed", nn.initializers.normal(0.02), (config.vocab_size, width), self.dtype)
+        if self.part == "head":
+            return self._logits(tokens, table, step), kv
         x = table[tokens]
         if width != config.hidden_size:
             x = Linear(config.hidden_size, False, self.dtype, name="project_in")(x)
@@ -77,11 +85,16 @@ class Decoder(nn.Module):
             rotation = None
         else:
             rotation = rope_angles(config.rope, config.head_dim, positions)
+        if self.part == "embed":
+            return x, rotation  # type: ignore[return-value]
 
         for i in range(config.num_layers):
             x, kv = Block(config, i, self.dtype, name=f"layer_{i}")(x, rotation, kv, step)
         kv = step.finish(kv, tokens.shape[1])
+        return self._logits(x, table, step), kv
 
+    def _logits(self, x: Float[Array, "B S M"], table: Float[Array, "V E"], step: Step[KV]) -> Float[Array, "B T V"]:
+        config, width = self.config, table.shape[1]
         x = step.hidden(x)
         if config.norm_first:
             x = Normalise(config, self.dtype, name="final_norm")(x)
@@ -91,8 +104,7 @@ class Decoder(nn.Module):
             head = table
             if not config.tie_embeddings:
                 head = self.param("lm_head", nn.initializers.normal(0.02), (config.vocab_size, width), self.dtype)
-            logits = matmul(x, head, jnp.float32)
-        return logits, kv
+            return matmul(x, head, jnp.float32)
 
 
 class Block(nn.Module):

@@ -8,6 +8,7 @@ few fields that takes are declared here; protobuf skips the rest.
 import bisect
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -168,7 +169,7 @@ def _lines(space) -> Iterator[list[_Event]]:
                         if key in stats
                     }
                     instruction = instructions.get((text["hlo_module"], text.get("hlo_op") or name))
-                finished = max(span[1], marks.get(stats["_p"].uint64_value, 0)) if instruction and "_p" in stats else span[1]
+                finished = max(span[1], marks.get(stats["_p"].int64_value, 0)) if instruction and "_p" in stats else span[1]
                 found.append(_Event(plane.name, name, span, finished, instruction))
             yield found
 
@@ -184,7 +185,7 @@ def _end_marks(space) -> dict[int, int]:
                 if event.metadata_id in ends:
                     for stat in event.stats:
                         if stat_names.get(stat.metadata_id) == "_c":
-                            marks[stat.uint64_value] = line.timestamp_ns * 1000 + event.offset_ps
+                            marks[stat.int64_value] = line.timestamp_ns * 1000 + event.offset_ps
     return marks
 
 
@@ -201,7 +202,7 @@ def _instructions(space) -> dict[tuple[str, str], _Instruction]:
                 for computation in module.hlo_module.computations:
                     for instruction in computation.instructions:
                         parts = instruction.metadata.op_name.split("/")
-                        scopes = tuple(part for part in parts if part in SCOPES)
+                        scopes = tuple(dict.fromkeys(part for part in parts if part in SCOPES))
                         found[module.hlo_module.name, instruction.name] = _Instruction(instruction.opcode, scopes)
     return found
 
@@ -217,7 +218,7 @@ def _leaves(line: list[_Event]) -> Iterator[_Event]:
     """The executed instructions of a line that no other lies in."""
     executed = [event for event in line if event.instruction is not None]
     executed.sort(key=lambda event: (event.span[0], -event.span[1]))
-    for event, following in zip(executed, [*executed[1:], None], strict=True):
+    for event, following in itertools.zip_longest(executed, executed[1:]):
         nested = following is not None and following.span[0] < event.span[1] and following.span[1] <= event.span[1]
         assert event.instruction is not None
         if not nested and event.instruction.operation not in CONTAINERS:
@@ -256,7 +257,6 @@ _FIELDS = {
     "XEvent": [("metadata_id", 1, "int64"), ("offset_ps", 2, "int64"), ("duration_ps", 3, "int64"), ("stats", 4, "*XStat")],
     "XStat": [
         ("metadata_id", 1, "int64"),
-        ("uint64_value", 3, "uint64"),
         ("int64_value", 4, "int64"),
         ("str_value", 5, "string"),
         ("bytes_value", 6, "bytes"),

@@ -188,9 +188,9 @@ def _selected(strategy: Strategy, tokens: Tokens, row: int, at: int, held: list[
     queries, found = partial_queries(strategy, jnp.asarray(tokens.q[row, at][None, None])), guide(strategy)
     assert queries is not None
     assert found is not None
-    keys = np.einsum("sad,adp->asp", tokens.k[row, : at + 1], np.asarray(found.key))
+    keys = np.einsum("sad,adp->asp", tokens.k[row], np.asarray(found.key))  # of all tokens, so that every step has the same shapes
     guess = np.einsum("agp,asp->ags", np.asarray(queries)[0], keys)
-    visible = np.zeros((SHAPE.num_kv_heads, at + 1), bool)
+    visible = np.zeros((SHAPE.num_kv_heads, tokens.length), bool)
     for head in range(SHAPE.num_kv_heads):
         visible[head, [p for p in held[head] if p < at]] = True
     slot, count = strategy.policy.select(jnp.asarray(guess[None]), jnp.asarray(visible[None]), jnp.asarray([at], jnp.int32))
@@ -199,7 +199,7 @@ def _selected(strategy: Strategy, tokens: Tokens, row: int, at: int, held: list[
         chosen[head, np.asarray(slot)[0, head, : int(count[0])]] = True
     chosen &= visible
     chosen[:, at] = True
-    return chosen
+    return chosen[:, : at + 1]
 
 
 def _shuffled(kv: KVState) -> KVState:

@@ -20,13 +20,12 @@ JIT, DEVICE = HostStore("jit"), HostStore("device")
 
 # --------------------------------------------------------------------------------------------------------------------- conformance
 
-ALL = tuple(CHECKS)
 LAYOUT = ("equals_masked_full_attention", "bounded_chunks_stay_bounded", "unused_memory_never_leaks")
 CASES: list[tuple[Policy, HostStore, tuple[str, ...]]] = [
-    (FULL, JIT, ALL),
-    (HEAVY, JIT, (*LAYOUT, "budget_holds_and_nothing_returns", "ledger_adds_up")),
+    (FULL, JIT, tuple(check for check in CHECKS if check != "donation_leaves_no_copy")),
+    (HEAVY, JIT, (*LAYOUT, "ledger_adds_up")),
     (STREAMING, DEVICE, LAYOUT),
-    (TOP, DEVICE, LAYOUT),
+    (TOP, DEVICE, (*LAYOUT, "donation_leaves_no_copy")),
 ]
 KEEPS_EVERYTHING = {"budget_holds_and_nothing_returns", "protected_survive_ties", "bounded_chunks_stay_bounded"}
 
@@ -42,8 +41,9 @@ def test_built_in_policy_conforms(policy, store, checks):
 # ----------------------------------------------------------------------------------------------------------- transfers agree exactly
 
 
-@pytest.mark.parametrize("chunk", [None, 8])
-@pytest.mark.parametrize("policy", [FULL, HEAVY, GUESS, LIMITED], ids=lambda policy: policy.describe())
+@pytest.mark.parametrize(
+    ("policy", "chunk"), [(FULL, 8), (HEAVY, None), (GUESS, 8), (LIMITED, None)], ids=["full", "h2o", "infinigen", "pool"]
+)
 def test_transfers_agree_bit_for_bit(policy, chunk):
     """Outputs and every array of every state, in a ragged batch with a row that sits out."""
     tokens = random_tokens(np.random.default_rng(), 3, 45)
@@ -54,7 +54,8 @@ def test_transfers_agree_bit_for_bit(policy, chunk):
     for one, other in zip(jit.states, device.states, strict=True):
         assert jax.tree.structure(one) == jax.tree.structure(other)
         jax.tree.map(np.testing.assert_array_equal, one, other)
-    assert jit.states[-1].layers[0].store.k.sharding.memory_kind != "device" or jax.default_backend() == "cpu"
+    kinds = [trace.states[-1].layers[0].store.k.sharding.memory_kind for trace in (jit, device)]
+    assert kinds[0] != kinds[1]
 
 
 # ---------------------------------------------------------------------------------------------------------- a fetch, against NumPy
@@ -117,7 +118,9 @@ def test_a_fetch_brings_what_is_wanted_and_moves_the_least_size_that_holds_it(po
     assert (layer.staged, layer.wanted) == (None, None)
 
 
-@pytest.mark.parametrize(("most", "levels", "sizes"), [(12, 4, [3, 6, 9, 12]), (7, 3, [3, 5, 7]), (3, 4, [1, 2, 3]), (1, 4, [1]), (9, 1, [9])])
+@pytest.mark.parametrize(
+    ("most", "levels", "sizes"), [(12, 4, [3, 6, 9, 12]), (7, 3, [3, 5, 7]), (3, 4, [1, 2, 3]), (1, 4, [1]), (9, 1, [9])]
+)
 def test_sizes_of_a_fetch(most, levels, sizes):
     assert HostStore(levels=levels).sizes(most) == sizes
 
@@ -164,22 +167,18 @@ def test_a_new_token_takes_its_slot_in_pool_and_staging(pool, transfer):
 
 
 @pytest.mark.parametrize(
-    ("policy", "capacity", "held"),
+    ("policy", "held"),
     [
-        (FULL, 44, [[37, 20], [38, 21], [39, 22], [40, 23], [41, 24]]),
-        (HEAVY, 17, [[16, 16]] * 5),
-        (H2O(heavy=4, recent=4, decode=False), 15, [[8, 8], [9, 9], [10, 10], [11, 11], [12, 12]]),
-        (H2O(heavy=0.1, recent=0.1), 7, [[6, 4]] * 5),
+        (FULL, [[37, 20], [38, 21], [39, 22], [40, 23], [41, 24]]),
+        (HEAVY, [[16, 16]] * 5),
+        (H2O(heavy=4, recent=4, decode=False), [[8, 8], [9, 9], [10, 10], [11, 11], [12, 12]]),
+        (H2O(heavy=0.1, recent=0.1), [[6, 4]] * 5),
     ],
     ids=lambda value: value.describe() if isinstance(value, Policy) else "",
 )
-def test_all_that_is_held_is_fetched_and_no_more_than_the_slots_in_use(policy, capacity, held):
+def test_all_that_is_held_is_fetched_and_no_more_than_the_slots_in_use(policy, held):
     """Two rows, five steps: what the books say of a policy that chooses nothing."""
-    strategy = Strategy(policy, JIT)
-    tokens = random_tokens(np.random.default_rng(0), 2, 44)
-    kv = run(strategy, tokens, np.array([37, 20]), 5).states[-1]
-    kv = kv if capacity == strategy.store.capacity(kv.layers[0].store, None) else run(strategy, tokens, np.array([37, 20]), 7).states[5]
-    assert strategy.store.capacity(kv.layers[0].store, None) == capacity
+    kv = run(Strategy(policy, DEVICE), random_tokens(np.random.default_rng(0), 2, 42), np.array([37, 20]), 5).states[-1]
     decoded, rows, wanted, moved = np.asarray(kv.layers[0].store.traffic)
     assert decoded == 10
     assert rows == SHAPE.num_kv_heads * np.sum(held)
@@ -206,8 +205,8 @@ def test_scratch_of_a_selected_fetch_does_not_grow_with_the_pool(store):
         temps.append(analysis.temp_size_in_bytes)
         assert analysis.alias_size_in_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         shapes = (f"f32[4,2,{capacity},16]", f"f32[{4 * 2 * capacity},16]")
-        copies = [line.strip() for line in (program.as_text() or "").splitlines() if " copy(" in line and line.split("copy(")[0].count("f32[")]
-        assert not [line for line in copies if any(shape in line.split("copy(")[0] for shape in shapes)]
+        copies = [line.split("copy(")[0] for line in (program.as_text() or "").splitlines() if " copy(" in line]
+        assert not [line for line in copies if any(shape in line for shape in shapes)]
     grown, keys = temps[1] - temps[0], 4 * 2 * (4096 - 512) * SHAPE.head_dim * 4
     guesses = 4 * 4 * (4096 - 512) * 4  # a guessed logit per query head and slot
     assert grown < min(8 * guesses, 0.9 * 2 * keys), f"scratch grows {grown} bytes, the pool's keys {keys}"
@@ -217,7 +216,7 @@ def test_scratch_of_a_selected_fetch_does_not_grow_with_the_pool(store):
 
 
 def test_bad_stores():
-    with pytest.raises(SpecError, match="unknown transfer 'pigeon'; choose from device, jit, driven$"):
+    with pytest.raises(SpecError, match="unknown transfer 'pigeon'; choose from device, jit, driven"):
         HostStore("pigeon")  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="levels=0: a fetch has at least one size"):
         HostStore(levels=0)

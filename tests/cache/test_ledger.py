@@ -55,6 +55,35 @@ def test_oracle_saves_nothing():
     assert oracle == full
 
 
+def test_full_cache_on_the_host():
+    books = ledger(*state("offload", [20, 12], 4))
+    traffic = 4 * 4
+    assert books.host == Tier(live=(24 + 16) * HEADS * TOKEN, empty=8 * HEADS * TOKEN)
+    assert books.device == Tier(metadata=2 * 2 * 4 + traffic)
+    assert books.logical == books.host.live
+    fetched = 2 * 24  # slots a step moves for both rows: the longer one has 20 to 23 of 24, in sizes of 6
+    assert books.bytes_moved_per_token == fetched / 2 * HEADS * TOKEN
+    assert books.bytes_read_per_token == books.bytes_moved_per_token + (2 * 2 * 4 + traffic) / 2
+    assert books.wanted == (1.0,)
+    assert books.fetched == (4 * 2 * 24 / (20 + 21 + 22 + 23 + 12 + 13 + 14 + 15),)
+
+
+def test_device_pool_moves_nothing():
+    strategy, kv = state("offload", [20, 12], 4)
+    device = parse_strategy("offload", transfer="device")
+    books, on_host = ledger(device, kv), ledger(strategy, kv)
+    assert books.host == Tier()
+    assert books.device.total == on_host.device.total + on_host.host.total
+    assert (books.bytes_moved_per_token, books.bytes_read_per_token) == (0, on_host.bytes_read_per_token)
+
+
+def test_record_of_a_fetching_store_has_shares_by_layer():
+    flat = ledger(*state("offload", [20, 12], 4)).record()
+    assert flat["kv_wanted_fraction"] == 1.0
+    assert flat["kv_fetched_fraction"] == flat["kv_fetched_fraction_layer_0"]
+    assert "kv_fetched_fraction" not in ledger(*state("full", [20], 1)).record()
+
+
 def test_record_is_flat_and_total_is_the_leaves():
     strategy, kv = state("h2o(heavy=3,recent=4)", [20, 5], 4)
     flat = ledger(strategy, kv, transient=7).record()

@@ -1,5 +1,7 @@
 """Spec strings: what they mean, what they refuse and with which words."""
 
+import math
+
 import pytest
 
 from kvjax.cache import (
@@ -8,6 +10,8 @@ from kvjax.cache import (
     STORES,
     DenseStore,
     Full,
+    HostStore,
+    InfiniGen,
     OracleTopK,
     PagedStore,
     Strategy,
@@ -50,14 +54,19 @@ def test_meaning_and_round_trip(spec, policy):
         (H2O(8, 8, group="max"), "h2o(heavy=8,recent=8,group=max)"),
         (Streaming(), "streaming(sinks=4,window=0.2)"),
         (OracleTopK(16), "oracle_topk(k=16)"),
+        (InfiniGen(), "infinigen(alpha=4.0,partial=0.3,budget=0.2)"),
+        (InfiniGen(5, 0.2, 400, victim="lru"), "infinigen(alpha=5,partial=0.2,budget=400,victim=lru)"),
+        (InfiniGen(alpha=math.inf, skew=False, full_layers=0), "infinigen(alpha=inf,partial=0.3,budget=0.2,skew=False,full_layers=0)"),
+        (InfiniGen(pool=0.8, count="batch"), "infinigen(alpha=4.0,partial=0.3,budget=0.2,count=batch,pool=0.8)"),
     ],
 )
 def test_description_shows_numbers_always_and_switches_when_changed(policy, text):
     assert policy.describe() == text
+    assert parse_policy(text) == policy
 
 
 REFUSED = [
-    ("h20", r"unknown strategy 'h20'; choose from full, streaming, h2o, oracle_topk"),
+    ("h20", r"unknown strategy 'h20'; choose from full, streaming, h2o, infinigen, oracle_topk"),
     ("", r"cannot read strategy ''; write a name, or a name with arguments like h2o\(heavy=0.1,recent=0.1\)"),
     ("h2o(", "cannot read strategy"),
     ("h2o)", "cannot read strategy"),
@@ -97,7 +106,7 @@ def test_refused_in_one_line(spec, message):
 
 
 def test_unknown_store():
-    with pytest.raises(SpecError, match=r"unknown store 'cloud'; choose from dense, paged$"):
+    with pytest.raises(SpecError, match=r"unknown store 'cloud'; choose from dense, paged, host$"):
         parse_strategy("full", "cloud")
 
 
@@ -114,6 +123,13 @@ def test_unknown_store():
         ("vllm", None, Strategy(Full(), PagedStore())),
         ("vllm", "paged", Strategy(Full(), PagedStore())),
         ("vllm+paged", None, Strategy(Full(), PagedStore())),
+        ("full+host", None, Strategy(Full(), HostStore())),
+        ("full", "host", Strategy(Full(), HostStore())),
+        ("offload", "host", Strategy(Full(), HostStore())),
+        ("h2o(heavy=8,recent=8)+host", "paged", Strategy(H2O(8, 8), HostStore())),
+        ("infinigen", None, Strategy(InfiniGen(), HostStore())),
+        ("infinigen", "paged", Strategy(InfiniGen(), HostStore())),
+        ("infinigen(budget=64)+host", "dense", Strategy(InfiniGen(budget=64), HostStore())),
     ],
 )
 def test_store_of_a_spec(spec, store, strategy):
@@ -133,7 +149,7 @@ def test_alias_contradicted_by_a_store(spec, store):
         ("full+", r"cannot read strategy 'full\+'"),
         ("+paged", "cannot read strategy ''"),
         ("full+paged+paged", r"cannot read strategy 'full\+paged'"),
-        ("h3o+paged", "unknown strategy 'h3o'; choose from full, streaming, h2o, oracle_topk, vllm"),
+        ("h3o+paged", "unknown strategy 'h3o'; choose from full, streaming, h2o, infinigen, oracle_topk, vllm"),
     ],
 )
 def test_store_that_does_not_exist_after_a_plus(spec, message):
@@ -150,8 +166,31 @@ def test_page_size():
         parse_strategy("vllm", page_size=0)
 
 
-@pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("store", ["dense", "paged"])
+def test_policy_that_fetches_is_refused_where_there_is_nothing_to_fetch_from(store):
+    with pytest.raises(SpecError, match=r"from a host store; the \w+ store has nothing to fetch from \(--store=host; ") as error:
+        parse_strategy(f"infinigen+{store}")
+    assert "\n" not in str(error.value)
+
+
+def test_offload_in_another_store_is_a_contradiction():
+    with pytest.raises(SpecError, match=r"offload means full in the host store; for full in another store write full\+paged$"):
+        parse_strategy("offload", "paged")
+
+
+def test_transfer():
+    assert parse_strategy("offload", transfer="device").store == HostStore("device")
+    assert parse_strategy("infinigen", "dense", transfer="device").store == HostStore("device")
+    assert parse_strategy("infinigen").store == HostStore()
+    assert parse_strategy("full", transfer="device").store == DenseStore()
+    with pytest.raises(SpecError, match="unknown transfer 'pigeon'; choose from device, jit, driven"):
+        parse_strategy("offload", transfer="pigeon")
+
+
+PAIRS = [(policy, store) for policy in POLICIES for store in STORES if POLICIES[policy].home in (None, store)]
+
+
+@pytest.mark.parametrize(("policy", "store"), PAIRS)
 def test_description_names_policy_and_store(policy, store):
     strategy = Strategy(POLICIES[policy](), STORES[store]())
     assert parse_strategy(strategy.describe()) == strategy
@@ -161,6 +200,9 @@ def test_description_leaves_out_the_default_store_and_prefers_an_alias():
     assert Strategy(H2O(8, 8), DenseStore()).describe() == "h2o(heavy=8,recent=8)"
     assert Strategy(H2O(8, 8), PagedStore()).describe() == "h2o(heavy=8,recent=8)+paged"
     assert Strategy(Full(), PagedStore()).describe() == "vllm"
+    assert Strategy(Full(), HostStore()).describe() == "offload"
+    assert Strategy(H2O(8, 8), HostStore()).describe() == "h2o(heavy=8,recent=8)+host"
+    assert Strategy(InfiniGen(), HostStore("device")).describe() == InfiniGen().describe()
 
 
 @pytest.mark.parametrize(
@@ -187,6 +229,7 @@ def test_split_at_commas_outside_parentheses(text, parts):
         (Streaming(), 0.3, Streaming(4, 0.3)),
         (Streaming(0.05), 0.2, Streaming(0.05, 0.15)),
         (OracleTopK(), 64, OracleTopK(64)),
+        (InfiniGen(pool=100), 64, InfiniGen(budget=64, pool=100)),
     ],
 )
 def test_overall_budget(policy, amount, expected):

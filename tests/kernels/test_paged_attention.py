@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from kvjax.kernels import dispatch
-from kvjax.kernels.paged_attention import Statistics, api, dense_attention, key_mass, mosaic_gpu, mosaic_tpu, paged_attention, reference
+from kvjax.kernels.paged_attention import (
+    Statistics,
+    api,
+    dense_attention,
+    key_mass,
+    mosaic_gpu,
+    mosaic_tpu,
+    paged_attention,
+    pool_dim,
+    reference,
+)
 
 from kvjax.cache.attention import causal_attention
 
@@ -121,8 +131,17 @@ def check(got, want, dtype) -> None:
 mass = jax.jit(key_mass)
 
 
+def padded(args: dict) -> dict:
+    """The pool as it is allocated on a TPU."""
+    dim = args["k_pages"].shape[-1]
+    behind = (*[(0, 0)] * 3, (0, pool_dim(dim, "tpu") - dim))
+    return args | {name: np.pad(args[name], behind) for name in ("k_pages", "v_pages")}
+
+
 def run(name: str, args: dict, **options):
     interpreted = contextlib.nullcontext() if name == "xla" else dispatch.interpreted(name)
+    if name == "mosaic_tpu":
+        args = padded(args)
     scale = args.get("scale")
     arrays = {key: value for key, value in args.items() if key != "scale"}
     with interpreted:
@@ -164,7 +183,9 @@ class TestPagedAttention:
         scales = {f"{x}_scales": np.asarray(rng.uniform(0.01, 0.02, shape[:3]), np.float32) for x in "kv"} if int8 else {}
         lengths = np.array([48, 19], np.int32)
         with contextlib.nullcontext() if name == "xla" else dispatch.interpreted(name):
-            got = jax.jit(partial(dense_attention, implementation=name, statistics=True))(q, k, v, lengths, **scales)
+            behind = (*[(0, 0)] * 3, (0, pool_dim(dim, "tpu" if name == "mosaic_tpu" else "cpu") - dim))
+            stored = (np.pad(x, behind) for x in (k, v))
+            got = jax.jit(partial(dense_attention, implementation=name, statistics=True))(q, *stored, lengths, **scales)
         args = dict(q=q, k_pages=k, v_pages=v, block_tables=np.arange(batch)[:, None], lengths=lengths, **scales)
         check(got, expected(args), jnp.bfloat16)
 
@@ -242,7 +263,7 @@ class TestArguments:
         ("change", "message"),
         [
             (dict(v_pages=jnp.zeros((5, 2, 16, 32))), "differ"),
-            (dict(q=jnp.zeros((2, 4, 32))), "pages are"),
+            (dict(q=jnp.zeros((2, 4, 128))), "pages are"),
             (dict(q=jnp.zeros((2, 5, 64))), "5 query heads do not fit"),
             (dict(block_tables=jnp.zeros((3, 2), jnp.int32)), "tables are"),
             (dict(block_tables=jnp.zeros((2, 2, 2), jnp.int32)), "do not fit tables"),
@@ -260,12 +281,14 @@ class TestArguments:
             (mosaic_gpu, dict(q=jnp.zeros((2, 4, 256)), k_pages=jnp.zeros((5, 2, 16, 256))), "more registers"),
             (mosaic_gpu, dict(k_pages=jnp.zeros((5, 2, 48, 64))), "page_size=48"),
             (mosaic_gpu, dict(k_pages=jnp.zeros((5, 2, 16, 32))), "head_dim=32"),
-            (mosaic_tpu, dict(k_pages=jnp.zeros((5, 2, 48, 64))), "page_size=48"),
+            (mosaic_tpu, dict(k_pages=jnp.zeros((5, 2, 48, 128))), "page_size=48"),
+            (mosaic_tpu, dict(k_pages=jnp.zeros((5, 2, 16, 64))), "would be copied"),
             (mosaic_tpu, dict(block_tables=jnp.zeros((64, 1, 8192), jnp.int32)), "scalar memory"),
         ],
     )
     def test_kernels_say_what_they_do_not_take(self, module, change, reason):
         args = ARGS | dict(block_tables=jnp.zeros((2, 1, 2), jnp.int32))
+        args |= dict(q=jnp.zeros((2, 4, 128)), k_pages=jnp.zeros((5, 2, 16, 128)))
         assert module.supports(**args, scale=1.0) is None
         assert reason in module.supports(**(args | change), scale=1.0)
 

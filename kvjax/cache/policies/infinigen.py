@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.attention import NEG_INF
-from kvjax.cache.policies.base import Amount, Policy, Slots, check_amount, tokens
+from kvjax.cache.policies.base import PROTECTED, Amount, Policy, Slots, check_amount, tokens
 from kvjax.errors import SpecError
 
 Columns = Literal["sum", "query", "union"]
@@ -102,10 +102,10 @@ class InfiniGen(Policy):
         near = visible & (joined > joined.max(-1, keepdims=True) - self.alpha)
         near |= visible & (joined == joined.max(-1, keepdims=True))  # with alpha=0 the highest alone
         counts = near.sum(-1)
-        mean = counts.mean(-1) if self.count == "request" else jnp.broadcast_to(counts.mean(), counts.shape[:1])
+        mean = counts.sum(-1) // counts.shape[-1] if self.count == "request" else jnp.full(counts.shape[:1], counts.sum() // counts.size)
         held = visible.sum(-1).min(-1)
         most = jnp.minimum(tokens(self.budget, held), held)
-        count = jnp.clip(mean.astype(jnp.int32), jnp.minimum(1, most), most)
+        count = jnp.clip(mean, jnp.minimum(1, most), most)
         capacity = guess.shape[-1]
         _, slot = jax.lax.top_k(joined, min(tokens(self.budget, capacity), capacity))
         return slot.astype(jnp.int32), count.astype(jnp.int32)
@@ -126,4 +126,5 @@ class InfiniGen(Policy):
         age = slots.position.astype(jnp.float32)
         if self.victim == "fifo":
             return age
-        return slots.score + age / (slots.length + 1)  # scores are whole numbers: between equals the newer stays
+        ranked = slots.score + age / (slots.length + 1)  # scores are whole numbers: between equals the newer stays
+        return jnp.where(slots.position == slots.length - 1, PROTECTED, ranked)  # the newcomer takes the place of another

@@ -48,19 +48,6 @@ class Staged:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Wanted:
-    """What the host is asked to fetch, or to keep, by a program that cannot reach the pool itself (`driven`).
-
-    Attributes:
-      slot: the slots to fetch, of which the first `count` per kv head are meant; None: the first `count` slots.
-    """
-
-    slot: Int[Array, "B Hkv K"] | None
-    count: Int[Array, " B"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class HostLayer:
     """One layer.
 
@@ -69,7 +56,7 @@ class HostLayer:
       partial: partial keys, on the device; None without speculation.
       traffic: so far: tokens decoded, then rows (each of one kv head) that were held, that were wanted, and that were moved for them.
       staged: what `prefetch` has brought; None between steps.
-      wanted: what `prefetch` asks the host for (`driven`).
+      outgoing: the step's token, for the host to put into the pool (`driven`).
       slots: C, which the arrays themselves may not tell (static).
     """
 
@@ -78,7 +65,7 @@ class HostLayer:
     partial: Float[Array, "R Hkv P C"] | None
     traffic: Float[Array, " 4"]
     staged: Staged | None = None
-    wanted: Wanted | None = None
+    outgoing: Staged | None = None
     slots: int = dataclasses.field(default=0, metadata=dict(static=True))
 
 
@@ -153,8 +140,6 @@ class HostStore:
 
         `held`, the tokens there are, only goes into the books.
         """
-        if self.transfer == "driven":
-            return dataclasses.replace(layer, wanted=Wanted(slot, count))
         assert layer.k is not None
         assert layer.v is not None
         batch, num_heads, most = count.shape[0], layer.k.shape[1], layer.slots if slot is None else slot.shape[2]
@@ -257,7 +242,10 @@ class HostStore:
 
     def cleared(self, layer: HostLayer) -> HostLayer:
         """The layer between steps."""
-        return dataclasses.replace(layer, staged=None, wanted=None)
+        outgoing = None
+        if layer.k is None and layer.staged is not None:
+            outgoing = jax.tree.map(lambda x: x[:, :, -1:], layer.staged)
+        return dataclasses.replace(layer, staged=None, outgoing=outgoing)
 
     # --------------------------------------------------------------------------------------------------------------- rows of an engine
 
