@@ -1,8 +1,10 @@
 """Compiles every kernel at real shapes for devices that are not here: an H200 down to its machine code, TPU v5e and v6e with libtpu.
 
-    make aot                                        everything; writes experiments/results/aot/
+    make aot                                        everything
     python -m experiments.aot --quick               the short list; writes nothing unless --output_dir is given
     python -m experiments.aot --targets=h200 --operations=paged_attention --match='int8|statistics'
+
+Writes records.jsonl and aot.md as cases finish, into experiments/results/aot; cases not compiled now keep their records.
 
 Nothing runs: what is reported was said by the compilers. For a GPU kernel those are registers, spilled bytes and stack of a thread as
 ptxas gives them, shared memory from the kernel's own allocations, and the blocks that fit on a multiprocessor at once, a bound from those
@@ -41,6 +43,7 @@ from kvjax.kernels.targets import Target, TargetError
 from kvjax import kernels
 
 REGISTERS, SHARED_MEMORY, THREADS = 65536, 227 * 1024, 2048  # of a Hopper multiprocessor
+RESULTS = pathlib.Path("experiments/results/aot")
 RESERVED = 1024  # bytes of shared memory the driver takes for each block
 WARPGROUP = 128
 
@@ -257,6 +260,35 @@ def report(outcomes: Sequence[Outcome]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def key(outcome: Outcome) -> tuple[str, ...]:
+    return outcome.target, outcome.operation, outcome.implementation, outcome.case
+
+
+def read_records(folder: pathlib.Path | None, listed: dict[str, list[Case]]) -> dict[tuple[str, ...], Outcome]:
+    """What earlier runs found of cases that are still listed."""
+    if folder is None or not (folder / "records.jsonl").exists():
+        return {}
+    names = {(operation, case.implementation, case.name) for operation, cases in listed.items() for case in cases}
+    found = {}
+    for text in (folder / "records.jsonl").read_text().splitlines():
+        record = json.loads(text)
+        del record["versions"]
+        outcome = Outcome(**record | {"kernels": tuple(Kernel(**kernel) for kernel in record["kernels"])})
+        if key(outcome)[1:] in names:
+            found[key(outcome)] = outcome
+    return found
+
+
+def write_records(folder: pathlib.Path | None, found: dict[tuple[str, ...], Outcome]) -> None:
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes = [found[at] for at in sorted(found)]
+    records = (json.dumps(dataclasses.asdict(outcome) | {"versions": versions()}) for outcome in outcomes)
+    (folder / "records.jsonl").write_text("\n".join(records) + "\n")
+    (folder / "aot.md").write_text(report(outcomes))
+
+
 def find_compilers() -> None:
     """Puts the ptxas of the Python package on the path, behind one that is there already."""
     for base in sys.path:
@@ -270,7 +302,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--targets", default=",".join(targets.TARGETS), help="of " + ", ".join(targets.TARGETS))
     parser.add_argument("--operations", default="", help="only these, comma-separated")
     parser.add_argument("--match", default="", help="only cases whose name this regular expression finds")
-    parser.add_argument("--output_dir", default=None, help="where records.jsonl and aot.md go; a part is kept only if given")
+    parser.add_argument("--output_dir", default=None, help="where records go; default experiments/results/aot, with --quick nowhere")
     args = parser.parse_args(argv)
     find_compilers()
     try:
@@ -278,9 +310,12 @@ def main(argv: Sequence[str]) -> int:
     except TargetError as error:
         print(error, file=sys.stderr)
         return 2
+    listed = operations()
+    output = pathlib.Path(args.output_dir) if args.output_dir else (None if args.quick else RESULTS)
+    kept = read_records(output, listed)
     outcomes: list[Outcome] = []
     seen: dict[int, tuple[Kernel, ...]] = {}
-    for operation, cases in operations().items():
+    for operation, cases in listed.items():
         if args.operations and operation not in args.operations.split(","):
             continue
         for target in chosen:
@@ -289,13 +324,8 @@ def main(argv: Sequence[str]) -> int:
                     continue
                 outcomes.append(compile_case(operation, case, target, seen))
                 print(line(outcomes[-1]), flush=True)
-    output = args.output_dir or (None if args.quick or args.match or args.operations else "experiments/results/aot")
-    if output:
-        folder = pathlib.Path(output)
-        folder.mkdir(parents=True, exist_ok=True)
-        records = (json.dumps(dataclasses.asdict(outcome) | {"versions": versions()}) for outcome in outcomes)
-        (folder / "records.jsonl").write_text("\n".join(records) + "\n")
-        (folder / "aot.md").write_text(report(outcomes))
+                kept[key(outcomes[-1])] = outcomes[-1]
+                write_records(output, kept)
     failed = sum(outcome.error is not None for outcome in outcomes)
     print(f"{len(outcomes) - failed} of {len(outcomes)} cases compiled as they should")
     return 1 if failed or not outcomes else 0

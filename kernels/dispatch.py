@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -64,12 +64,14 @@ class Operation:
     implementations: tuple[Implementation, ...]
 
     def __call__(self, *args: Any, implementation: Name | None = None, **kwargs: Any) -> Any:
-        """Runs the first implementation that can; `implementation` forces one.
+        """Runs the first implementation that can, in a named scope; `implementation` forces one.
 
         Raises:
           UnsupportedError: the forced one cannot, and why.
         """
-        return self.choose(*args, implementation=implementation, **kwargs).run(*args, **kwargs)
+        chosen = self.choose(*args, implementation=implementation, **kwargs)
+        with jax.named_scope(f"{self.name}_{chosen.name}"):
+            return chosen.run(*args, **kwargs)
 
     def choose(self, *args: Any, implementation: Name | None = None, **kwargs: Any) -> Implementation:
         """The implementation that a call with these arguments runs. Why a faster one is not it is logged once a reason."""
@@ -157,6 +159,3 @@ def _meant_for(name: Name, device: Device) -> bool:
 @cache
 def _log_once(operation: str, name: str, reason: str | None) -> None:
     logger.warning("%s: %s is not used: %s", operation, name, reason)
-
-
-NAMES: tuple[Name, ...] = get_args(Name)

@@ -94,8 +94,8 @@ class Settings:
 
     @property
     def new_tokens(self) -> int:
-        """The most that an entry generates: the prompt's own next token, and all samples."""
-        return 1 + self.steps * (self.warm_up + self.reps + self.retries) + self.traced_steps
+        """The most that an entry generates: the prompt's own next token, one step to try, and all samples."""
+        return 2 + self.steps * (self.warm_up + self.reps + self.retries) + self.traced_steps
 
 
 @dataclasses.dataclass(frozen=True)

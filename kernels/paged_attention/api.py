@@ -77,7 +77,8 @@ def paged_attention(
       q: [B, H, D], unscaled; bfloat16, float16 or float32.
       k_pages, v_pages: [P, J, Z, D], of q's type, or int8 with scales; D may be larger than q's, with zeros in slots in use (`pool_dim`).
       block_tables: int32 [B, T], page t of row b, pages holding all kv heads (J = Hkv); or [B, Hkv, T] over pages of one head (J = 1).
-      lengths: int32 [B], slots of a row in use: slots 0 .. length - 1 are read. A row of length 0 gives zeros.
+      lengths: int32 [B], slots of a row in use: slots 0 .. length - 1 are read, at most C. A row of length 0 gives
+        zeros.
       visible: narrows that down per slot, [B, Hkv, C] or, for all heads alike, [B, 1, C]: bool, or integers (positions) whose negative
         values mark empty slots. A policy that evicts passes its positions and the capacity as length.
       k_scales, v_scales: float32 [P, J, Z], for int8 pages: a slot's key is its int8 vector times its scale.

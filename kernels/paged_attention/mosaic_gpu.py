@@ -113,7 +113,7 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
         logits_smem = refs.pop(0) if statistics else None
 
         row, head, split = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("split")
-        length = lengths_ref[row]
+        length = jnp.minimum(lengths_ref[row], capacity)
         tiles = lax.div(length + (TILE - 1), TILE)
         share = jnp.maximum(lax.div(tiles + (splits - 1), splits), MIN_TILES)
         first = split * share

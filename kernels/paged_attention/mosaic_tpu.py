@@ -105,7 +105,14 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
 
     out, lse, *logits = pl.pallas_call(
         functools.partial(
-            _body, count=count, tile=tile, scale=scale, quantized=quantized, has_visible=visible is not None, statistics=statistics
+            _body,
+            count=count,
+            tile=tile,
+            capacity=capacity,
+            scale=scale,
+            quantized=quantized,
+            has_visible=visible is not None,
+            statistics=statistics,
         ),
         out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -131,7 +138,7 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
     return out, logits, lse[:, :, :group, 0]
 
 
-def _body(_, lengths_ref, q_ref, *refs, count, tile, scale, quantized, has_visible, statistics):
+def _body(_, lengths_ref, q_ref, *refs, count, tile, capacity, scale, quantized, has_visible, statistics):
     """One tile of one row: q [1, J, G, D], pages [1, J, Z, D]; J kv heads at a time."""
     refs = list(refs)
     k_refs, v_refs = ([refs.pop(0) for _ in range(count)] for _ in range(2))
@@ -141,7 +148,7 @@ def _body(_, lengths_ref, q_ref, *refs, count, tile, scale, quantized, has_visib
     logits_ref = refs.pop(0) if statistics else None
     highest_ref, total_ref, sum_ref = refs
     row, step = pl.program_id(0), pl.program_id(2)
-    length, start = lengths_ref[row], step * tile
+    length, start = jnp.minimum(lengths_ref[row], capacity), step * tile
 
     @pl.when(step == 0)
     def _():

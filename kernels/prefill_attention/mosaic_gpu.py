@@ -4,12 +4,12 @@ Column mass. A block owns some keys of one kv head, holds them in shared memory,
 heads of the group, from the first tile on or behind the diagonal to the last that counts. A warpgroup multiplies 64 of its keys at a time
 with a tile of queries (wgmma, both operands in shared memory), takes exp2 of what comes out less the log-sum-exp, and adds up the rows of
 the tile, which are the columns of the score matrix: a sum of its own keys that no other block has a part in, so there is nothing to
-combine. While one warpgroup is at its exponentials, the other has the tensor cores.
+combine. While one warpgroup is at its exponentials, another has the tensor cores.
 Per score that is one multiply-add, one exp2 and one addition; only tiles on the diagonal and the last one are masked. It does half the
 products of flash attention and the same exponentials, reads queries once per block of keys, and writes 4 bytes a key.
 
 Attention. Flash attention as one expects it, with one difference: probabilities go to the second product through shared memory, not from
-registers. That costs a round trip of 16 KB a tile and warpgroup, and is what the interpreter can run, so it is proven without a card.
+registers. That costs a round trip of 8 KB a tile and warpgroup, and is what the interpreter can run, so it is proven without a card.
 """
 
 import dataclasses
@@ -29,9 +29,8 @@ SOFTMAX = plgpu.CompilerParams(approx_math=True)
 ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 """Layouts of one number per row, and per column, of a wgmma tile."""
 
-MASKED_QUERIES, MASKED_KEYS = 32, 64
-"""Columns of a tile that is masked, in column mass and in attention. The indices they are compared by are registers too, so a wider tile
-is taken in parts."""
+MASKED = 32
+"""Queries of a tile of column mass that is masked: the indices they are compared by are registers too, so it is taken in parts."""
 
 HEIGHT = 64
 """Rows of a tile: keys of a warpgroup in column mass, queries of a warpgroup in attention."""
@@ -157,7 +156,7 @@ def _column_mass(
         slot = lax.rem(step, stages)
         _refill(step, steps, stages, warpgroup, q_done, fetch)
         plgpu.barrier_wait(q_here.at[slot])
-        width = MASKED_QUERIES if masked else queries
+        width = MASKED if masked else queries
         for offset in range(0, queries, width):
             tile, part = (HEIGHT, width), pl.ds(offset, width)
             scores = _product(k_smem.at[warpgroup], q_smem.at[slot, part].transpose((1, 0)), tile)
@@ -183,10 +182,10 @@ def _column_mass(
 WARPGROUPS = 2
 """Of a block, in attention."""
 
-KEYS = 128
-"""Of a tile, in attention."""
+KEYS = 64
+"""Of a tile, in attention; with 128 the tile's scores and probabilities do not fit the registers beside two [64, 128] of the output."""
 
-STAGES = 2
+STAGES = 3
 """Tiles of keys and values under way, in attention."""
 
 
@@ -233,7 +232,7 @@ def _attention(
     block = q.shape[1] // (WARPGROUPS * HEIGHT) - 1 - lax.axis_index("queries")  # the longest come first
     first = block * (WARPGROUPS * HEIGHT)
     mine = first + warpgroup * HEIGHT
-    end = start + count
+    end, tile = start + count, (HEIGHT, KEYS)
     steps = jnp.where(first < count, lax.div(jnp.minimum(start + first + WARPGROUPS * HEIGHT, end) + (KEYS - 1), KEYS), 0)
     full = jnp.minimum(lax.div(start + first + 1, KEYS), steps)  # tiles that every query of the block sees all of
 
@@ -253,11 +252,13 @@ def _attention(
 
     def wipe(slot, count):
         """Zeros for the values of a tile beyond the first `count`: a tensor core makes NaN of zero times what may stand there."""
-        part = pl.ds(warpgroup * (KEYS // WARPGROUPS), KEYS // WARPGROUPS)
-        values = plgpu.load(v_smem.at[slot, part], layout=plgpu.Layout.WGMMA)
-        index = warpgroup * (KEYS // WARPGROUPS) + _iota((KEYS // WARPGROUPS, dim), 0)
-        plgpu.store(v_smem.at[slot, part], jnp.where(index < count, values, jnp.zeros_like(values)))
-        plgpu.commit_smem()
+
+        @pl.when(warpgroup == 0)
+        def _():
+            values = plgpu.load(v_smem.at[slot], layout=plgpu.Layout.WGMMA)
+            plgpu.store(v_smem.at[slot], jnp.where(_iota((KEYS, dim), 0) < count, values, jnp.zeros_like(values)))
+            plgpu.commit_smem()
+
         plgpu.barrier_arrive(clean)
         plgpu.barrier_wait(clean)
 
@@ -268,23 +269,20 @@ def _attention(
         plgpu.barrier_wait(kv_here.at[slot])
         if masked:
             pl.when(end < (step + 1) * KEYS)(lambda: wipe(slot, end - step * KEYS))
-        width = MASKED_KEYS if masked else KEYS
-        for offset in range(0, KEYS, width):
-            tile, part = (HEIGHT, width), pl.ds(offset, width)
-            scores = _product(q_smem.at[warpgroup], k_smem.at[slot, part].transpose((1, 0)), tile) * scale
-            if masked:
-                at, index = step * KEYS + offset + _iota(tile, 1), mine + _iota(tile, 0)
-                scores = jnp.where((at <= index + start) & (at < end), scores, NEG_INF)
-            higher = jnp.maximum(highest, scores.max(1))
-            weights = jnp.exp2(scores - lax.broadcast_in_dim(higher, tile, [0]))
-            fade = jnp.exp2(highest - higher)
-            highest, total = higher, total * fade + weights.sum(1)
-            plgpu.store(p_smem.at[warpgroup, :, part], weights.astype(q.dtype))
-            plgpu.commit_smem()
-            weighted *= lax.broadcast_in_dim(fade, (HEIGHT, dim), [0])
-            weighted += _product(p_smem.at[warpgroup, :, part], v_smem.at[slot, part], (HEIGHT, dim))
+        scores = _product(q_smem.at[warpgroup], k_smem.at[slot].transpose((1, 0)), tile) * scale
+        if masked:
+            at, index = step * KEYS + _iota(tile, 1), mine + _iota(tile, 0)
+            scores = jnp.where((at <= index + start) & (at < end), scores, NEG_INF)
+        higher = jnp.maximum(highest, scores.max(1))
+        weights = jnp.exp2(scores - lax.broadcast_in_dim(higher, tile, [0]))
+        fade = jnp.exp2(highest - higher)
+        total = total * fade + weights.sum(1)
+        plgpu.store(p_smem.at[warpgroup], weights.astype(q.dtype))
+        plgpu.commit_smem()
+        weighted *= lax.broadcast_in_dim(fade, (HEIGHT, dim), [0])
+        weighted += _product(p_smem.at[warpgroup], v_smem.at[slot], (HEIGHT, dim))
         plgpu.barrier_arrive(kv_done.at[slot])
-        return highest, total, weighted
+        return higher, total, weighted
 
     def rows(value):
         return plgpu.layout_cast(jnp.full((HEIGHT,), value, jnp.float32), ROWS)
