@@ -5,7 +5,7 @@
 
 The entries: the full cache on the device and InfiniGen with its pool there, of which the faster is the ideal; everything in host memory and
 fetched whole, layer by layer (a full offload); and InfiniGen, by every way to bring tokens to the device. They decode the same prompts
-greedily and take turns, sample by sample; the last step sees `--context` tokens. Then a few steps of each are traced, for the time in
+greedily and take turns, sample by sample; in the end every row has `--context` tokens. Then a few steps of each are traced, for the time in
 fetches and the share of it during which other work ran.
 
 Bars, for InfiniGen with its pool on the host: 90 % of the transfer hidden, steps within 1.5 times the ideal. On a CPU the link is a copy in
@@ -61,7 +61,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("random_weights", False, "Random weights: speed and bytes are real, what the model says is not.")
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 elsewhere.")
     flags.DEFINE_integer("batch_size", 8, "Prompts.", lower_bound=1)
-    flags.DEFINE_integer("context", 1024, "Tokens that the last step sees.", lower_bound=64)
+    flags.DEFINE_integer("context", 1024, "Tokens of every row in the end.", lower_bound=64)
     flags.DEFINE_string("infinigen", "infinigen(alpha=4,partial=0.3,budget=0.2)", "The policy.")
     flags.DEFINE_list("transfers", list(TRANSFERS), "Ways to bring tokens to the device.")
     flags.DEFINE_integer("steps", 8, "Decode steps a sample.", lower_bound=1)
@@ -179,7 +179,7 @@ def measure(settings: Settings, entrants: Sequence[Contender], trace_dir: pathli
     """All entrants in turns. One that cannot run is left out, with the reason in its record."""
     console.print("loading", highlight=False)
     model = kvjax.load_model(settings.model, dtype=settings.dtype, random_weights=settings.random_weights)
-    prompt_len = settings.context - settings.new_tokens + 1
+    prompt_len = settings.context - settings.new_tokens
     if prompt_len < 64:
         raise kvjax.InputError(f"--context={settings.context} leaves a prompt of {prompt_len} tokens before the samples; give more")
     prompts = offline.make_workload(model, settings.batch_size, prompt_len, settings.seed, min(8, prompt_len // 16)).prompts

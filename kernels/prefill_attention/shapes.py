@@ -28,7 +28,7 @@ def cases() -> Iterator[Case]:
         if implementation == "mosaic_gpu":
             yield _case(column_mass, implementation, shapes.LLAMA_3_8B, *SIZES[1], dtype=jnp.float16)
     for function in (prefill_attention, column_mass):
-        yield _case(function, "xla", shapes.LLAMA_3_8B, *SIZES[1], quick=True)
+        yield _case(function, "xla", shapes.LLAMA_3_8B, *SIZES[1])
 
 
 def _case(

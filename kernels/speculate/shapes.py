@@ -24,7 +24,7 @@ def cases() -> Iterator[Case]:
     yield _case("mosaic_gpu", shapes.LLAMA_3_8B, 32, 2048, partial=0.5)
     yield _case("mosaic_gpu", shapes.LLAMA_3_8B, 32, 2048, dtype=jnp.float32)
     yield _case("mosaic_gpu", shapes.LLAMA_3_8B, 32, 2048, dtype=jnp.float16)
-    yield _case("xla", shapes.LLAMA_3_8B, 32, 2048, quick=True)
+    yield _case("xla", shapes.LLAMA_3_8B, 32, 2048)
 
 
 def _case(

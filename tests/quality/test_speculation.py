@@ -124,8 +124,11 @@ class Naive:
 def naively(model: Model, policy: InfiniGen, token_ids: np.ndarray) -> np.ndarray:
     """MEASURES by NumPy: [measure, layer, row, step]."""
     batch, heads = len(token_ids), model.config.num_kv_heads
-    keys, values = ([[[[] for _ in range(heads)] for _ in range(batch)] for _ in range(model.config.num_layers)] for _ in range(2))
-    step = Naive(policy, keys, values, {}, [])
+
+    def empty() -> list:
+        return [[[[] for _ in range(heads)] for _ in range(batch)] for _ in range(model.config.num_layers)]
+
+    step = Naive(policy, empty(), empty(), {}, [])
     for part in (token_ids[:, :PROMPT], *np.split(token_ids[:, PROMPT:], STEPS, axis=1)):
         model.decoder.apply(model.params, part, None, step)
     layers = range(policy.full_layers, model.config.num_layers)
