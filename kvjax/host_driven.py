@@ -76,14 +76,16 @@ def _fetch(store: HostStore, pool, chosen, length: np.ndarray) -> tuple[Any, Any
     step's own token.
     """
     batch, heads, slots, _ = pool[0].shape
+    if chosen is not None:
+        chosen = [np.asarray(x) for x in chosen]  # waits for the guess, which is not fetching
     with jax.profiler.TraceAnnotation("fetch"):
         if chosen is None:
             most, count = slots, length
             size = _size(store, most, count)
-            rows = [np.ascontiguousarray(x[:, :, :size]) for x in pool]
+            rows = [x[:, :, :size].copy() for x in pool]
             slot = np.broadcast_to(np.arange(slots, dtype=np.int32), (batch, heads, slots))
         else:
-            slot, count = (np.asarray(x) for x in chosen)
+            slot, count = chosen
             most = slot.shape[2]
             size = _size(store, most, count)
             flat = (np.arange(batch * heads, dtype=np.int64).reshape(batch, heads, 1) * slots + slot[:, :, :size]).reshape(-1)

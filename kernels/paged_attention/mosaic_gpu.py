@@ -97,6 +97,7 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
     staged = quantized or exact
     chunk = dim if not exact or dim % 64 else 64  # of the head dim, converted at a time
     blocks = _blocks(dim, chunk)
+    out_rows = group if dim % 64 == 0 else padded_group  # blocks that overlap are only stored in a layout of whole groups of 8
     pages_a_tile = max(1, TILE // page_size)
 
     def body(*refs):
@@ -239,9 +240,9 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
         for (start, size), part in zip(blocks, out, strict=True):
             part *= _over_rows(inverse, part.shape)
             part = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
-            plgpu.store(out_smem.at[:, pl.ds(start, size)].T, part, optimized=False)
+            plgpu.store(out_smem.at[:, pl.ds(start, size)].T, part, optimized=dim % 64 != 0)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, group)], out_ref.at[row, head, split])
+        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, out_rows)], out_ref.at[row, head, split])
         plgpu.wait_smem_to_gmem(0)
 
     smem = plgpu.SMEM
@@ -260,7 +261,7 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
     queries = jnp.stack(_split(grouped, terms, compute), 2)
     inputs = [block_tables, lengths, queries, *(x.reshape(-1, page_size, dim) for x in (k_pages, v_pages))]
     out_type = [
-        jax.ShapeDtypeStruct((batch, kv_heads, splits, group, dim), jnp.float32),
+        jax.ShapeDtypeStruct((batch, kv_heads, splits, out_rows, dim), jnp.float32),
         jax.ShapeDtypeStruct((batch, kv_heads, splits, padded_group), jnp.float32),
     ]
     if staged:
@@ -285,7 +286,7 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=f"paged_attention_d{dim}_g{group}_z{page_size}_s{splits}",
     )(*inputs)
-    out, lse = join_splits(parts, lse[..., :group])
+    out, lse = join_splits(parts[..., :group, :], lse[..., :group])
     out = out.reshape(batch, heads, dim).astype(q.dtype)
     if not statistics:
         return out, None, None

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 from unittest import mock
 
 import jax
@@ -67,8 +68,9 @@ def alone(model, calibration, prompts):
     return tokens
 
 
-def make(model: Model, strategy: Strategy | str, **options) -> Engine:
-    return Engine(model, strategy, **{"kv_memory": "4MiB", "max_num_seqs": 3, "max_model_len": 224, "prefill_chunk": 32} | options)
+def make(model: Model, strategy: Strategy | str, **options: Any) -> Engine:
+    limits: dict[str, Any] = {"kv_memory": "4MiB", "max_num_seqs": 3, "max_model_len": 224, "prefill_chunk": 32}
+    return Engine(model, strategy, **limits | options)
 
 
 def finish(engine: Engine, tokens: dict[str, list[int]], between=lambda step: None) -> dict[str, list[int]]:

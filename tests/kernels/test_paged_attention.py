@@ -60,12 +60,12 @@ CASES = {
     "lengths": Case(ragged(16, 5), pages=5),
     "lengths-f32": Case(ragged(32, 3), jnp.float32, group=1, dim=80, page_size=32),
     "lengths-f16": Case(ragged(64, 2), jnp.float16, group=2, dim=96, page_size=64, pages=2, scale=0.3),
-    "wide-heads": Case((70,), group=1, dim=256, page_size=16, pages=5),
+    "wide-heads": Case((70,), group=1, dim=256, page_size=64, pages=2),
     "splits": Case((1090, 300), pages=18, page_size=64, group=3),
     "positions-a-head": Case((256, 200), kv_heads=2, dim=128, page_size=128, pages=2, visible=(2, jnp.int32)),
-    "mask-of-all-heads": Case((40, 48, 0), jnp.float32, kv_heads=2, group=2, visible=(1, jnp.bool_)),
+    "mask-of-all-heads": Case((40, 64, 0), jnp.float32, kv_heads=2, group=2, page_size=32, pages=2, visible=(1, jnp.bool_)),
     "int8": Case((33, 64), int8=True, group=9, dim=128, page_size=32, pages=2),
-    "int8-positions": Case((64,), int8=True, kv_heads=2, dim=80, pages=4, visible=(2, jnp.int32)),
+    "int8-positions": Case((64,), int8=True, kv_heads=2, dim=80, page_size=64, pages=1, visible=(2, jnp.int32)),
     "tables-a-head": Case((17, 40), kv_heads=2, group=1, page_size=32, pages=1, tables_a_head=True),
 }
 # bfloat16 and float16 round the weights and the output; logits and log-sum-exps are float32 sums of products that are exact in float32.
@@ -173,11 +173,11 @@ class TestPagedAttention:
 
     @pytest.mark.parametrize("name", IMPLEMENTATIONS)
     def test_dense_rows_are_pages_with_an_identity_table(self, name, rng):
-        shape = (2, 2, 48, 64)
+        shape = (2, 2, 64, 64)
         q = rng.standard_normal((2, 4, 64)).astype(jnp.bfloat16)
         k, v = (rng.integers(-127, 128, shape).astype(np.int8) for _ in "kv")
         scales = {f"{x}_scales": rng.uniform(0.005, 0.02, shape[:3]).astype(np.float32) for x in "kv"}
-        args = dict(q=q, k_pages=k, v_pages=v, block_tables=np.arange(2)[:, None], lengths=np.array([48, 19], np.int32), **scales)
+        args = dict(q=q, k_pages=k, v_pages=v, block_tables=np.arange(2)[:, None], lengths=np.array([64, 19], np.int32), **scales)
         stored = padded(args) if name == "mosaic_tpu" else args
         with contextlib.nullcontext() if name == "xla" else dispatch.interpreted(name):
             attend = jax.jit(partial(dense_attention, implementation=name, statistics=True))
