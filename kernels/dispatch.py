@@ -135,15 +135,13 @@ def interpreted(name: Literal["mosaic_gpu", "mosaic_tpu"], *, threads: int = 1, 
       threads: threads of a block that a Mosaic GPU kernel asks for (its `num_threads`).
       detect_races: two unordered accesses to one place in memory are an error.
     """
-    params = (
-        plgpu.InterpretGPUParams(detect_races=detect_races, num_cores_or_threads=threads)
-        if name == "mosaic_gpu"
-        else pltpu.InterpretParams(detect_races=detect_races)
-    )
-    force = plgpu.force_gpu_interpret_mode if name == "mosaic_gpu" else pltpu.force_tpu_interpret_mode
+    if name == "mosaic_gpu":
+        force = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races, num_cores_or_threads=threads))
+    else:
+        force = pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=detect_races))
     token = _interpreted.set(name)
     try:
-        with force(params):  # part of JAX's cache keys, so nothing traced inside is reused outside
+        with force:  # part of JAX's cache keys, so nothing traced inside is reused outside
             yield
     finally:
         _interpreted.reset(token)

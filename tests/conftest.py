@@ -1,6 +1,14 @@
 """Small models with random weights, made once."""
 
 import dataclasses
+import os
+import pathlib
+import shutil
+import tempfile
+
+# Programs compiled once serve all processes of a run: those of pytest, which inherit this from the first, and those that tests start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / f"kvjax-tests-{os.getpid()}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import pytest
@@ -19,6 +27,13 @@ OPT = dataclasses.replace(
 
 def random_model(config: ModelConfig, tokenizer=None) -> Model:
     return Model(config, parameters.random(config), tokenizer)
+
+
+def pytest_sessionfinish(session) -> None:
+    """Removes the compiled programs; the process that started the others does."""
+    cache = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    if not hasattr(session.config, "workerinput") and cache.name == f"kvjax-tests-{os.getpid()}":
+        shutil.rmtree(cache, ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,4 +1,9 @@
-"""Ablation: which columns guess. The paper's sum of |Q| and |K|, the artifact's |Q| alone, and its union of two half-sized sets."""
+"""Ablation: which columns guess. The paper's sum of |Q| and |K|, the artifact's |Q| alone, and its union of two half-sized sets.
+
+Every case reads its whole budget (alpha=inf; see skew).
+"""
+
+import math
 
 from experiments.infinigen.study import Case, Points, Study, best, main
 from kvjax.cache import InfiniGen
@@ -20,11 +25,11 @@ def findings(points: Points) -> list[str]:
 
 STUDY = Study(
     name="columns",
-    title="InfiniGen by the rule that picks the columns, at equal numbers of them (a union of two sets of half the size)",
+    title="InfiniGen (alpha=inf, budget=0.2) by the rule that picks the columns, at equal numbers (a union of two sets of half the size)",
     axis="columns that guess (share)",
     legend="columns",
     cases=tuple(
-        Case(rule, live, InfiniGen(partial=live / 2 if rule == "union" else live, columns=rule))  # type: ignore[arg-type]
+        Case(rule, live, InfiniGen(alpha=math.inf, partial=live / 2 if rule == "union" else live, columns=rule))  # type: ignore[arg-type]
         for rule in RULES
         for live in LIVE
     ),

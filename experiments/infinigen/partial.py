@@ -1,4 +1,6 @@
-"""Ablation: how many columns of a head guess, at two budgets."""
+"""Ablation: how many columns of a head guess, at two budgets, which are always used up (alpha=inf; see skew)."""
+
+import math
 
 from experiments.infinigen.study import Case, Points, Study, main
 from kvjax.cache import InfiniGen
@@ -22,11 +24,13 @@ def findings(points: Points) -> list[str]:
 
 STUDY = Study(
     name="partial",
-    title="InfiniGen by the share of a head's columns that guess",
+    title="InfiniGen (alpha=inf) by the share of a head's columns that guess",
     axis="columns that guess (share)",
-    legend="reads at most",
+    legend="reads",
     cases=tuple(
-        Case(f"budget={budget:g}", partial, InfiniGen(partial=partial, budget=budget)) for budget in BUDGETS for partial in PARTIAL
+        Case(f"budget={budget:g}", partial, InfiniGen(alpha=math.inf, partial=partial, budget=budget))
+        for budget in BUDGETS
+        for partial in PARTIAL
     ),
     findings=findings,
 )

@@ -124,7 +124,8 @@ def markdown(study: Study, points: Points) -> str:
     lines = [f"# {study.title}", "", about(first), "", *study.findings(points), ""]
     lines += ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for (series, x), record in points.items():
-        cells = [pattern.format(scale * record[key]) if key in record else "-" for key, _, pattern, scale in shown]
+        endless = {"speculation_recall"} if "alpha=inf" in record["strategy"] else set()  # its top is everything
+        cells = [pattern.format(scale * record[key]) if key in record.keys() - endless else "-" for key, _, pattern, scale in shown]
         lines.append("| " + " | ".join([series, f"{x:g}", *cells]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -139,8 +140,8 @@ def about(record: Record) -> str:
 
 
 def figure(study: Study, points: Points, path: pathlib.Path) -> None:
-    """Recall, divergence, and what is read, over the study's number; one line a series."""
-    guessed = any("speculation_recall" in r for r in points.values())
+    """Recall, divergence, what is read and what attention that covers, over the study's number; one line a series."""
+    guessed = any("speculation_mass_covered" in r for r in points.values())
     fig, axes = plt.subplots(1, 4 if guessed else 3, figsize=(15 if guessed else 12, 3.7), layout="constrained")
     series = list(dict.fromkeys(name for name, _ in points))
     finite = [x for _, x in points if math.isfinite(x)]
@@ -159,13 +160,13 @@ def figure(study: Study, points: Points, path: pathlib.Path) -> None:
         axes[1].errorbar(x, divergence, [quality.Z * r["fidelity_kld_mean_se"] for r in found], capsize=2, elinewidth=0.8, **style)
         axes[2].plot(x, [100 * r["kv_wanted_fraction_speculating"] for r in found], **style)
         if guessed:
-            axes[3].plot(x, [100 * r.get("speculation_recall", math.nan) for r in found], **style)
+            axes[3].plot(x, [100 * r.get("speculation_mass_covered", math.nan) for r in found], **style)
     axes[0].set(ylabel="facts recalled (%)")
     axes[1].set(ylabel="KLD to the full cache (nats)", yscale="log")
     axes[1].set_ylim(bottom=max(axes[1].get_ylim()[0], LEAST_KLD))
     axes[2].set(ylabel="tokens read, guessing layers (%)", ylim=(0, None))
     if guessed:
-        axes[3].set(ylabel="true top tokens among those read (%)")
+        axes[3].set(ylabel="true attention covered (%)", ylim=(None, 104))
     for axis in axes:
         axis.set(xlabel=study.axis)
         axis.grid(alpha=0.3)

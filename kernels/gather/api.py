@@ -1,9 +1,8 @@
 """The public functions of gathering, and which implementations there are.
 
-The pool is rows of W elements, N of them. A token is a row of its kv head; a page is one long row. On a TPU the XLA form is all there is.
+The pool is N rows of any shape: a token is a row of its kv head, a page is a row that has dims of its own. On a TPU the XLA form is all
+there is; it is handed the rows in their own shape, because to flatten them there would copy the pool.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +20,19 @@ def gather_rows(pool: jax.Array, index: jax.Array, *, implementation: Name | Non
     """Row `index[m]` of the pool at place m; zeros where there is no such row.
 
     Args:
-      pool: [N, W], any type; fewer than 2**31 rows.
+      pool: [N, ...], any type; fewer than 2**31 rows.
       index: int32 [M]; negative numbers and numbers from N on name no row.
       implementation: forces "mosaic_gpu" or "xla".
 
     Returns:
-      [M, W], of the pool's type; bit for bit what stands in the pool, NaN included.
+      [M, ...], of the pool's type; bit for bit what stands in the pool, NaN included.
 
     Raises:
       ValueError: shapes or types that do not fit.
       UnsupportedError: the implementation asked for cannot run this.
     """
-    if pool.ndim != 2 or index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
-        raise ValueError(f"a pool is [N, W] and an index integers [M]; got {pool.shape} and {index.dtype}{index.shape}")
+    if pool.ndim < 2 or index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
+        raise ValueError(f"a pool is [N, ...] and an index integers [M]; got {pool.shape} and {index.dtype}{index.shape}")
     return OPERATION(pool, index.astype(jnp.int32), implementation=implementation)
 
 
@@ -50,6 +49,5 @@ def gather_tokens(pool: jax.Array, slots: jax.Array, *, implementation: Name | N
 
 def gather_pages(pages: jax.Array, numbers: jax.Array, *, implementation: Name | None = None) -> jax.Array:
     """Whole pages: pages [P, ...], numbers int32 [...] -> [..., ...], in the order of the numbers; zeros for numbers beyond P."""
-    width = math.prod(pages.shape[1:])
-    rows = gather_rows(pages.reshape(pages.shape[0], width), numbers.reshape(-1), implementation=implementation)
+    rows = gather_rows(pages, numbers.reshape(-1), implementation=implementation)
     return rows.reshape(*numbers.shape, *pages.shape[1:])

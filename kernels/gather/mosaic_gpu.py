@@ -24,10 +24,10 @@ def supports(pool, index):
     """None, or why the kernel cannot take these arguments."""
     if pool.dtype.itemsize not in (1, 2, 4) or pool.dtype == jnp.bool_:
         return f"{pool.dtype} is not a number of 1, 2 or 4 bytes"
-    if not pool.shape[1] or pool.shape[1] * pool.dtype.itemsize % ALIGNMENT:
-        return f"rows of {pool.shape[1] * pool.dtype.itemsize} bytes are not a multiple of {ALIGNMENT}"
-    if not len(index) or not len(pool):
+    if not len(index) or not pool.size:
         return "there is nothing to copy"
+    if (size := math.prod(pool.shape[1:]) * pool.dtype.itemsize) % ALIGNMENT:
+        return f"rows of {size} bytes are not a multiple of {ALIGNMENT}"
     return None
 
 
@@ -41,7 +41,7 @@ def transfer_shape(width: int, itemsize: int) -> tuple[int, int]:
 
 def gather_rows(pool, index):
     """Arguments and results as in api.py."""
-    height, width = pool.shape
+    height, width = pool.shape[0], math.prod(pool.shape[1:])
     lines, elements = transfer_shape(width, pool.dtype.itemsize)
     parts = width // (lines * elements)  # transfers of a row
     rows = max(1, min(ROWS, BLOCK_BYTES // (lines * elements * pool.dtype.itemsize)))
@@ -78,4 +78,4 @@ def gather_rows(pool, index):
         grid_names=("block",),
         kernel_name=f"gather_w{width}_r{rows}",
     )(pool.reshape(height * parts, lines, elements), places)
-    return out.reshape(len(index), width)
+    return out.reshape(len(index), *pool.shape[1:])

@@ -1,6 +1,7 @@
 """H2O's eviction as the loop that api.py describes, in NumPy and float32: what every implementation is tested against."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,8 @@ from .base import Attention, H2OCache, Token
 
 def h2o_evict(cache: H2OCache, attention: Attention | None, token: Token | None, length, budget, recent, active):
     """See api.py. Takes and returns NumPy arrays; nothing is changed in place."""
-    cache = dataclasses.replace(cache, **{f.name: np.array(getattr(cache, f.name)) for f in dataclasses.fields(cache)})
+    copies: Any = {field.name: np.array(getattr(cache, field.name)) for field in dataclasses.fields(cache)}
+    cache = dataclasses.replace(cache, **copies)
     batch, heads, capacity = cache.position.shape
     size = cache.k_pages.shape[2]
     chosen = np.zeros((batch, heads), np.int32)
@@ -23,9 +25,9 @@ def h2o_evict(cache: H2OCache, attention: Attention | None, token: Token | None,
             over = held.sum() > budget[b]
             if over:
                 older = held & (position < length[b] - recent[b])
-                slot = min(np.flatnonzero(older), key=lambda c: (score[c], -position[c]))
+                slot = min((int(c) for c in np.flatnonzero(older)), key=lambda c: (score[c], -position[c]))
             else:
-                slot = np.flatnonzero(~held)[0] if not held.all() else capacity
+                slot = capacity if held.all() else int(np.flatnonzero(~held)[0])
             chosen[b, h] = slot
             if token is None:
                 if over:

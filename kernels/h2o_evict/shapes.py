@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 
 from .. import shapes
 from ..dispatch import Name
-from ..shapes import Case, Geometry, array
+from ..shapes import Case, Geometry
 from .api import h2o_evict
 from .base import Attention, H2OCache, Token
+
+array: Any = shapes.array  # what it makes stands for arrays
 
 SIZES = ((1, 8192), (32, 2048), (32, 8192), (256, 2048), (1, 131072))  # rows, context
 

@@ -18,6 +18,8 @@ log-sum-exps in XLA. A split without tiles reports NEG_INF and weighs nothing.
 
 import dataclasses
 import math
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,17 +103,17 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
     pages_a_tile = max(1, TILE // page_size)
 
     def body(*refs):
-        refs = list(refs)
-        tables_ref, lengths_ref, q_ref, k_ref, v_ref = (refs.pop(0) for _ in range(5))
-        k_scales_ref, v_scales_ref = (refs.pop(0), refs.pop(0)) if quantized else (None, None)
-        visible_ref = refs.pop(0) if visible is not None else None
-        out_ref, lse_ref = refs.pop(0), refs.pop(0)
-        logits_ref = refs.pop(0) if statistics else None
-        q_smem, k_smem, v_smem, p_smem, out_smem, q_barrier, barriers = (refs.pop(0) for _ in range(7))
-        staging = refs.pop(0) if staged else None
-        k_scales_smem, v_scales_smem = (refs.pop(0), refs.pop(0)) if quantized else (None, None)
-        visible_smem = refs.pop(0) if visible is not None else None
-        logits_smem = refs.pop(0) if statistics else None
+        given: Any = iter(refs)  # inputs, outputs and scratch, in the order they are listed in below
+        tables_ref, lengths_ref, q_ref, k_ref, v_ref = (next(given) for _ in range(5))
+        k_scales_ref, v_scales_ref = (next(given) if quantized else None for _ in range(2))
+        visible_ref: Any = next(given) if visible is not None else None
+        out_ref, lse_ref = next(given), next(given)
+        logits_ref: Any = next(given) if statistics else None
+        q_smem, k_smem, v_smem, p_smem, out_smem, q_barrier, barriers = (next(given) for _ in range(7))
+        staging: Any = next(given) if staged else None
+        scales_smem: list[Any] = [next(given) for _ in range(2 if quantized else 0)]
+        visible_smem: Any = next(given) if visible is not None else None
+        logits_smem: Any = next(given) if statistics else None
 
         row, head, split = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("split")
         length = jnp.minimum(lengths_ref[row], capacity)
@@ -130,7 +132,7 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
             slot, tile = lax.rem(i, stages), first + i
             pairs = [(k_ref, k_smem), (v_ref, v_smem)]
             if quantized:
-                pairs += [(k_scales_ref, k_scales_smem), (v_scales_ref, v_scales_smem)]
+                pairs += [(k_scales_ref, scales_smem[0]), (v_scales_ref, scales_smem[1])]
             for part in range(pages_a_tile):
                 if page_size <= TILE:
                     where, inside = page(tile * pages_a_tile + part), pl.ds(0, page_size)
@@ -146,7 +148,7 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
 
         plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem, q_barrier)
         for i in range(stages - 1):
-            pl.when(i < count)(lambda i=i: fetch(jnp.int32(i)))
+            pl.when(i < count)(partial(fetch, jnp.int32(i)))
         plgpu.barrier_wait(q_barrier)
 
         def stage(ref, slot, columns, seen_rows=None):
@@ -200,7 +202,7 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
             start = (first + i) * TILE
             logits = scores(slot) * scale
             if quantized:
-                logits *= _over_queries(plgpu.load(k_scales_smem.at[slot], layout=ROWS), logits.shape)
+                logits *= _over_queries(plgpu.load(scales_smem[0].at[slot], layout=ROWS), logits.shape)
             seen_rows = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=ROWS) + start < length
             if visible is not None:
                 seen_rows &= plgpu.load(visible_smem.at[slot], layout=ROWS) >= 0
@@ -217,7 +219,7 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
             weights = jnp.where(seen, jnp.exp(logits - _over_rows(higher, logits.shape)), 0)
             total = total * _over_rows(fade, total.shape) + weights
             if quantized:
-                weights *= _over_queries(plgpu.load(v_scales_smem.at[slot], layout=ROWS), weights.shape)
+                weights *= _over_queries(plgpu.load(scales_smem[1].at[slot], layout=ROWS), weights.shape)
                 weights = jnp.where(seen, weights, 0)
             for term, part in enumerate(_split(weights, terms, compute)):
                 plgpu.store(p_smem.at[term].T, plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED))
@@ -247,7 +249,7 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
 
     smem = plgpu.SMEM
     arrivals = pages_a_tile * (4 if quantized else 2) + (visible is not None)
-    scratch = [
+    scratch: list[Any] = [
         smem((terms, padded_group, dim), compute),
         smem((stages, TILE, dim), k_pages.dtype),
         smem((stages, TILE, dim), k_pages.dtype),

@@ -10,6 +10,7 @@ Types: bfloat16 as it lies, float32 at full precision, int8 converted (which is 
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,26 +139,26 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
     return out, logits, lse[:, :, :group, 0]
 
 
-def _body(_, lengths_ref, q_ref, *refs, count, tile, capacity, scale, quantized, has_visible, statistics):
+def _body(tables_ref, lengths_ref, q_ref, *refs, count, tile, capacity, scale, quantized, has_visible, statistics):
     """One tile of one row: q [1, J, G, D], pages [1, J, Z, D]; J kv heads at a time."""
-    refs = list(refs)
-    k_refs, v_refs = ([refs.pop(0) for _ in range(count)] for _ in range(2))
-    k_scale_refs, v_scale_refs = ([refs.pop(0) for _ in range(count if quantized else 0)] for _ in range(2))
-    visible_ref = refs.pop(0) if has_visible else None
-    out_ref, lse_ref = refs.pop(0), refs.pop(0)
-    logits_ref = refs.pop(0) if statistics else None
-    highest_ref, total_ref, sum_ref = refs
+    given: Any = iter(refs)  # inputs, outputs and scratch, in the order of the call
+    k_refs, v_refs = ([next(given) for _ in range(count)] for _ in range(2))
+    k_scale_refs, v_scale_refs = ([next(given) for _ in range(count if quantized else 0)] for _ in range(2))
+    visible_ref: Any = next(given) if has_visible else None
+    out_ref, lse_ref = next(given), next(given)
+    logits_ref: Any = next(given) if statistics else None
+    highest_ref, total_ref, sum_ref = given
     row, step = pl.program_id(0), pl.program_id(2)
     length, start = jnp.minimum(lengths_ref[row], capacity), step * tile
 
     @pl.when(step == 0)
-    def _():
+    def first():
         highest_ref[...] = jnp.full_like(highest_ref, NEG_INF)
         total_ref[...] = jnp.zeros_like(total_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     @pl.when(start < length)
-    def _():
+    def attend():
         q = q_ref[0]
         exact = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
         keys, values = (jnp.concatenate([ref[0].astype(q.dtype) for ref in refs], 1) for refs in (k_refs, v_refs))
@@ -192,7 +193,7 @@ def _body(_, lengths_ref, q_ref, *refs, count, tile, capacity, scale, quantized,
         highest_ref[...] = jnp.broadcast_to(higher, highest_ref.shape)
 
     @pl.when(step == pl.num_programs(2) - 1)
-    def _():
+    def last():
         total = total_ref[...]
         out_ref[0] = (sum_ref[...] / jnp.maximum(total[:, :, :1], jnp.finfo(jnp.float32).tiny)).astype(out_ref.dtype)
         lse_ref[0] = jnp.where(total > 0, highest_ref[...] + jnp.log(total), NEG_INF)

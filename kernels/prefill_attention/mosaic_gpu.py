@@ -13,6 +13,7 @@ registers. That costs a round trip of 8 KB a tile and warpgroup, and is what the
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ SOFTMAX = plgpu.CompilerParams(approx_math=True)
 ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 """Layouts of one number per row, and per column, of a wgmma tile."""
 
-MASKED = 32
+MASKED = 16
 """Queries of a tile of column mass that is masked: the indices they are compared by are registers too, so it is taken in parts."""
 
 HEIGHT = 64
@@ -73,19 +74,21 @@ def config_for(batch: int, kv_heads: int, length: int, dim: int, cores: int) -> 
 
 def supports(q, k, lse, start, count, scale: float) -> str | None:
     """Why column mass cannot run this, or None."""
-    return _unsupported(q, k, 256)
+    if q.shape[-1] % 16 or q.shape[-1] > 256:
+        return f"head dim {q.shape[-1]} is no multiple of 16 up to 256"
+    return _unsupported(q, k)
 
 
 def supports_attention(q, k, v, start, count, scale: float) -> str | None:
     """Why attention cannot run this, or None."""
-    return _unsupported(q, k, 128)
+    if q.shape[-1] not in (64, 128):
+        return f"head dim {q.shape[-1]} is neither 64 nor 128"
+    return _unsupported(q, k)
 
 
-def _unsupported(q, k, largest: int) -> str | None:
+def _unsupported(q, k) -> str | None:
     if q.dtype != k.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"tensor cores take bfloat16 or float16, these are {q.dtype} and {k.dtype}"
-    if q.shape[-1] % 16 or q.shape[-1] > largest:
-        return f"head dim {q.shape[-1]} is no multiple of 16 up to {largest}"
     return None
 
 
@@ -147,7 +150,7 @@ def _column_mass(
     @pl.when(warpgroup == 0)
     def _():
         for step in range(stages):
-            pl.when(step < steps)(lambda step=step: fetch(jnp.int32(step)))
+            pl.when(step < steps)(functools.partial(fetch, jnp.int32(step)))
 
     plgpu.copy_gmem_to_smem(k.at[row, pl.ds(mine, HEIGHT), head], k_smem.at[warpgroup], k_here.at[warpgroup])
     plgpu.barrier_wait(k_here.at[warpgroup])
@@ -172,7 +175,7 @@ def _column_mass(
 
     total = plgpu.layout_cast(jnp.zeros((HEIGHT,), jnp.float32), ROWS)
     for low, high, masked in ((begin, full, True), (full, tail, False), (tail, end, True)):
-        total = lax.fori_loop((low - begin) * group, (high - begin) * group, lambda i, t, m=masked: visit(i, t, m), total)
+        total = lax.fori_loop((low - begin) * group, (high - begin) * group, functools.partial(visit, masked=masked), total)
     plgpu.store(mass_smem.at[warpgroup], total)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(mass_smem.at[warpgroup], mass.at[row, head, pl.ds(mine, HEIGHT)])
@@ -246,7 +249,7 @@ def _attention(
     @pl.when(warpgroup == 0)
     def _():
         for step in range(STAGES):
-            pl.when(step < steps)(lambda step=step: fetch(jnp.int32(step)))
+            pl.when(step < steps)(functools.partial(fetch, jnp.int32(step)))
 
     plgpu.barrier_wait(q_here.at[warpgroup])
 
@@ -288,8 +291,8 @@ def _attention(
         return plgpu.layout_cast(jnp.full((HEIGHT,), value, jnp.float32), ROWS)
 
     carry = rows(NEG_INF), rows(0), plgpu.layout_cast(jnp.zeros((HEIGHT, dim), jnp.float32), plgpu.Layout.WGMMA)
-    carry = lax.fori_loop(0, full, lambda i, c: visit(i, c, False), carry)
-    highest, total, weighted = lax.fori_loop(full, steps, lambda i, c: visit(i, c, True), carry)
+    carry = lax.fori_loop(0, full, functools.partial(visit, masked=False), carry)
+    highest, total, weighted = lax.fori_loop(full, steps, functools.partial(visit, masked=True), carry)
 
     index = mine + _iota((HEIGHT, dim), 0)
     share = lax.broadcast_in_dim(1 / jnp.maximum(total, 1e-30), (HEIGHT, dim), [0])
@@ -305,7 +308,7 @@ def _attention(
 def _tiled(dim: int, dtype):
     """How a tile with `dim` numbers a row stands in shared memory: what wgmma reads without bank conflicts."""
     swizzle = plgpu.find_swizzle(dim * dtype.itemsize * 8)
-    return plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
 
 
 def _product(a, b, shape: tuple[int, int]):

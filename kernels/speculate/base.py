@@ -1,13 +1,15 @@
 """What speculation returns, and the part of it that follows the pass over the partial keys. Dims: B rows, Hkv kv heads, G query heads a kv
 head, d' partial dims of a head, C slots of a row, K the static limit of tokens to fetch."""
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
 
-class Speculation(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Speculation:
     """The tokens to fetch for every row and kv head.
 
     Attributes:

@@ -1,5 +1,7 @@
 """Speculation as the loop that api.py describes, in NumPy and float32: what every implementation is tested against."""
 
+from typing import Any
+
 import numpy as np
 
 from .base import Speculation
@@ -23,7 +25,8 @@ def speculate(q, partial_keys, visible, cap, alpha: float, limit: int) -> Specul
         for h in range(heads):
             order = np.lexsort((seen[h], -logits[h]))[: count[b]]
             index[b, h, : len(order)] = seen[h][order]
-    return Speculation(index, count, above, maximum)
+    result: Any = (index, count, above, maximum)
+    return Speculation(*result)
 
 
 def guess(q, keys) -> np.ndarray:

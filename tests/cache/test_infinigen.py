@@ -25,7 +25,7 @@ from kvjax.testing.driver import SHAPE, guide, kept, partial_queries, prefill_ca
 
 CASES = {
     ("infinigen(alpha=2,budget=8,full_layers=0)", "jit"): (
-        "ample_budget_equals_full", "equals_masked_full_attention", "rows_are_independent",
+        "ample_budget_equals_full", "equals_masked_full_attention",
     ),
     ("infinigen(alpha=2,budget=6,pool=12,full_layers=0)", "jit"): (
         "equals_masked_full_attention", "budget_holds_and_nothing_returns", "protected_survive_ties", "unused_memory_never_leaks",
@@ -233,7 +233,7 @@ STEPS, LENGTHS = 8, np.array([26, 15, 3])
 STYLES: dict[str, InfiniGen] = {
     "opt": InfiniGen(alpha=2.0, partial=0.5, budget=16, full_layers=1),
     "llama-mha": InfiniGen(alpha=2.0, partial=0.3, budget=0.8, columns="union", full_layers=0),
-    "llama-gqa": InfiniGen(alpha=4.0, partial=0.4, budget=0.5, columns="query", skew=False, group="mean", count="batch", full_layers=1),
+    "llama-gqa": InfiniGen(alpha=1.5, partial=0.4, budget=0.7, columns="query", skew=False, group="mean", count="batch", full_layers=1),
     "qwen3-gqa": InfiniGen(alpha=2.5, partial=0.4, budget=9, pool=12, victim="lru", full_layers=1),
 }
 
@@ -326,19 +326,18 @@ def ample(model: Model, full_layers: int) -> tuple[Model, Strategy]:
     return kvjax.calibrated(model, strategy, calibrate(model, np.arange(2 * 20).reshape(2, 20))), strategy
 
 
-@pytest.mark.parametrize(("which", "full_layers"), [("byte_model", (0,)), ("opt_model", (0, 2))])
-def test_ample_has_the_logits_of_the_full_cache(which, full_layers, request):
+@pytest.mark.parametrize("which", ["byte_model", "opt_model"])
+def test_ample_has_the_logits_of_the_full_cache(which, request):
     model = request.getfixturevalue(which)
     ids = np.random.default_rng(11).integers(0, model.config.vocab_size, (2, 24))
-    full = np.asarray(kvjax.score(model, ids, prompt_len=18))
-    for layers in full_layers:
-        ready, strategy = ample(model, layers)
-        np.testing.assert_allclose(kvjax.score(ready, ids, prompt_len=18, strategy=strategy), full, atol=1e-5)
+    ready, strategy = ample(model, 0)
+    full = kvjax.score(model, ids, prompt_len=18)
+    np.testing.assert_allclose(kvjax.score(ready, ids, prompt_len=18, strategy=strategy), full, atol=1e-5)
 
 
 def test_ample_generates_as_the_full_cache_token_for_token(byte_model):
     prompts = [list(range(40, 58)), list(range(60, 70))]
-    ready, strategy = ample(byte_model, 0)
+    ready, strategy = ample(byte_model, 1)
     arguments = dict(max_new_tokens=12, steps_per_call=1)
     assert kvjax.generate(ready, prompts, strategy=strategy, **arguments).tokens == kvjax.generate(byte_model, prompts, **arguments).tokens
 
@@ -364,11 +363,12 @@ def test_model_without_a_guide_is_refused(byte_model):
 # ---------------------------------------------------------------------------------------------------------------------- partial keys
 
 
-@pytest.mark.parametrize(("pool", "chunk", "bounded"), [(None, 8, False), (12, 8, False), (12, 8, True)])
-def test_partial_keys_are_those_of_the_keys_in_their_slots(pool, chunk, bounded):
+@pytest.mark.parametrize("pool", [None, 12])
+def test_partial_keys_are_those_of_the_keys_in_their_slots(pool):
+    """After a prompt in chunks, and after decoding and evicting, with a row that sits out."""
     strategy = Strategy(InfiniGen(alpha=2.0, budget=6, pool=pool, full_layers=0), HostStore("device"))
     tokens, lengths = random_tokens(np.random.default_rng(), 3, 45), np.array([37, 20, 3])
-    trace = run(strategy, tokens, lengths, 6, chunk=chunk, bounded=bounded, fill=np.nan, active=np.array([True, False, True]))
+    trace = run(strategy, tokens, lengths, 6, chunk=8, fill=np.nan, active=np.array([True, False, True]))
     columns = np.asarray(guide(strategy).key)
     for kv in (trace.states[0], trace.states[-1]):
         store = kv.layers[0].store

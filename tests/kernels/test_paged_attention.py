@@ -6,6 +6,7 @@ The Mosaic kernels run in their interpreters on a CPU, with race detection. Inpu
 import contextlib
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +37,14 @@ class Case:
     """Dims as in api.py. `visible`: None, or how many kv heads the mask has, and its type."""
 
     lengths: tuple[int, ...]
-    dtype: type = jnp.bfloat16
+    dtype: Any = jnp.bfloat16
     kv_heads: int = 1
     group: int = 4
     dim: int = 64
     page_size: int = 16
     pages: int = 3
     int8: bool = False
-    visible: tuple[int, type] | None = None
+    visible: tuple[int, Any] | None = None
     tables_a_head: bool = False
     scale: float | None = None
 
@@ -69,8 +70,12 @@ CASES = {
     "tables-a-head": Case((17, 40), kv_heads=2, group=1, page_size=32, pages=1, tables_a_head=True),
 }
 # bfloat16 and float16 round the weights and the output; logits and log-sum-exps are float32 sums of products that are exact in float32.
-TOLERANCE = {jnp.float32: dict(atol=2e-5, rtol=0), jnp.bfloat16: dict(atol=2**-8, rtol=2**-7), jnp.float16: dict(atol=2**-11, rtol=2**-10)}
-STATISTICS_TOLERANCE = dict(atol=2e-5, rtol=2e-6)
+TOLERANCE: dict[Any, Any] = {
+    jnp.float32: dict(atol=2e-5, rtol=0),
+    jnp.bfloat16: dict(atol=2**-8, rtol=2**-7),
+    jnp.float16: dict(atol=2**-11, rtol=2**-10),
+}
+STATISTICS_TOLERANCE: dict[str, Any] = dict(atol=2e-5, rtol=2e-6)
 
 
 def arguments(case: Case, rng: np.random.Generator) -> dict:
@@ -79,7 +84,7 @@ def arguments(case: Case, rng: np.random.Generator) -> dict:
     num_pages = batch * table_heads * case.pages + 2
     tables = rng.permutation(num_pages)[: num_pages - 2].reshape(batch, table_heads, case.pages).astype(np.int32)
     seen = np.broadcast_to(np.arange(case.capacity) < np.array(case.lengths)[:, None, None], (batch, case.kv_heads, case.capacity))
-    result = {}
+    result: dict[str, Any] = {}
     if case.visible is not None:
         heads, dtype = case.visible
         shown = rng.random((batch, heads, case.capacity)) < 0.6

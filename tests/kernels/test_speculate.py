@@ -75,7 +75,7 @@ def verify(case: Case, rng: np.random.Generator, implementation: str, function=s
     arguments = problem(case, rng)
     found = call(case, arguments, implementation, function)
     want = reference.speculate(*arguments, case.alpha, case.limit)
-    for name in Speculation._fields:
+    for name in (field.name for field in dataclasses.fields(Speculation)):
         np.testing.assert_array_equal(getattr(found, name), getattr(want, name), err_msg=name)
         assert getattr(found, name).dtype == getattr(want, name).dtype
 
@@ -160,12 +160,12 @@ class TestTheTestsCanFail:
     @staticmethod
     def prefers_the_higher_slot(q, keys, visible, cap, **how):
         found = speculate(q, keys[..., ::-1], visible[..., ::-1], cap, **how)
-        return found._replace(index=jnp.where(found.index == keys.shape[-1], keys.shape[-1], keys.shape[-1] - 1 - found.index))
+        return dataclasses.replace(found, index=jnp.where(found.index == keys.shape[-1], keys.shape[-1], keys.shape[-1] - 1 - found.index))
 
     @staticmethod
     def counts_a_head_at_a_time(q, keys, visible, cap, **how):
         found = speculate(q, keys, visible, cap, **how)
-        return found._replace(count=found.above.max(-1))
+        return dataclasses.replace(found, count=found.above.max(-1))
 
     MUTANTS = (
         joins_a_group_by_its_first_head, sees_every_slot, has_no_cap, counts_the_threshold_too, prefers_the_higher_slot,

@@ -1,0 +1,211 @@
+"""The planner: its bytes against those of real runs on a CPU, its search against brute force, its command line."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvjax.cache import HostStore, Prefill, ledger, parse_strategy
+from kvjax.cache.ledger import nbytes
+from kvjax.calibrate import calibrated
+from kvjax.errors import SpecError
+from kvjax.generation import _prefill, cache_shape, decode_program, run_prefill
+from kvjax.models import load_model, preset
+from kvjax.plan import DEVICES, PlanError, Setting, bounds, open_device, plan, planner, programs
+from kvjax.plan.planner import Model, largest
+from kvjax.plan.programs import Usage
+from kvjax.sampling import Sampling
+
+BATCH, CONTEXT, NEW = 4, 192, 32
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("kvjax-1m", "float32")
+
+
+def setting(spec: str, batch: int = BATCH, context: int = CONTEXT, **changes) -> Setting:
+    options: dict = dict(output_len=NEW, dtype="float32", prefill_batch=batch, prefill_chunk=None)
+    return Setting(preset("kvjax-1m"), parse_strategy(spec), batch, context, **(options | changes))
+
+
+# -------------------------------------------------------------------------------------------------------------- against what really runs
+
+
+@pytest.mark.parametrize("spec", ["full", "h2o", "vllm", "infinigen"])
+def test_planned_bytes_are_those_of_a_real_run(model, spec):
+    """The ledger of a real state, and XLA's memory analysis of the programs that were compiled from real arrays."""
+    planned = plan(setting(spec), open_device("cpu"), depths="all", search=False)
+    strategy = parse_strategy(spec)
+    prepared = calibrated(model, strategy)
+    tokens = np.random.default_rng().integers(0, 256, (BATCH, CONTEXT - NEW)).astype(np.int32)
+    lengths = np.full(BATCH, CONTEXT - NEW, np.int32)
+    _, kv = run_prefill(prepared, strategy, tokens, lengths, NEW)
+    books, found = ledger(strategy, kv), planned.cache
+    assert found.device == books.device.total
+    assert found.host_pool == books.host.total
+    assert found.metadata + found.partial_keys == books.device.metadata
+    assert planned.weights == nbytes(model.params["params"])
+    buffers = {x.unsafe_buffer_pointer(): x.nbytes for x in jax.tree.leaves(prepared.params)}
+    assert planned.weights + planned.guide == sum(buffers.values())
+
+    held = planned.weights + planned.guide + books.device.total
+    decode = decode_program(prepared, strategy, Sampling(), kv).memory_analysis()
+    empty = strategy.init(cache_shape(model), lengths, CONTEXT - NEW, NEW)
+    step = Prefill(jnp.asarray(lengths), strategy)
+    prefill = _prefill.lower(model.decoder, prepared.params, jnp.asarray(tokens), empty, step).compile().memory_analysis()
+    for analysis, peak in ((decode, planned.decode_peak), (prefill, planned.prefill_peak)):
+        if analysis is None:
+            pytest.skip("this backend has no memory analysis")
+        real = held + analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes
+        assert peak == pytest.approx(real, rel=0.05)
+    if not isinstance(strategy.store, HostStore):  # whose program leaves out what it does not read of the guide, and has the pool beside it
+        total = decode.argument_size_in_bytes + decode.output_size_in_bytes - decode.alias_size_in_bytes + decode.temp_size_in_bytes
+        assert planned.decode_peak == pytest.approx(total, rel=0.05)
+
+
+def test_two_depths_tell_what_all_layers_take():
+    config = dataclasses.replace(preset("kvjax-1m"), num_layers=7)
+    deep = dataclasses.replace(setting("h2o", batch=8, context=128), config=config)
+    device = open_device("cpu")
+    two, every = (plan(deep, device, depths=depths, search=False) for depths in ("two", "all"))  # type: ignore[arg-type]
+    assert (two.depths, every.depths) == ((2, 4), (7, 7))
+    assert two.cache == every.cache
+    assert two.peak == pytest.approx(every.peak, rel=0.05)
+    assert two.compiled == "compiled at 2 and 4 layers, computed for 7"
+    assert every.compiled == "compiled"
+
+
+@pytest.mark.parametrize("spec", ["full", "vllm", "h2o+paged", "infinigen", "streaming(sinks=4,window=60)"])
+def test_cache_of_any_batch_and_depth_follows_from_few(spec):
+    """The arithmetic from one row and two, and two depths, against the shapes of the whole state."""
+    many = setting(spec, batch=11, context=150)
+    found = planner.cache_bytes(many)
+    assert found.device + found.host_pool == nbytes(programs.state(many, 11))
+
+
+# --------------------------------------------------------------------------------------------------------------------------- the search
+
+
+@pytest.mark.parametrize("spec", ["full", "vllm", "h2o"])
+@pytest.mark.parametrize("staged", [False, True], ids=["whole", "staged"])
+def test_largest_batch_and_context_are_those_of_brute_force(spec, staged):
+    at = setting(spec, batch=4, context=64, prefill_batch=1, output_len=8, prefill_chunk=16 if staged else None)
+    model = Model(at, Usage(40_000, 100, 0), Usage(90_000, 2_000, 0))
+    available = model.peak(at) * 1.3
+    for resized, least, unit in ((lambda n: at.resized(n, 64), 1, 1), (lambda n: at.resized(4, n), 2, 8)):
+        sizes = [least, *range(unit, 2000, unit)]
+        brute = 0
+        for size in sizes:
+            if size >= least and model.peak(resized(size)) > available:
+                break
+            brute = max(size, brute)
+        found = largest(model, resized, available, least=least, unit=unit)
+        assert (found.size, found.compiled) == (brute, False)
+        assert largest(model, resized, 1.0, least=least, unit=unit).size == 0
+
+
+def test_search_is_corrected_by_what_is_compiled():
+    at = setting("full", batch=4, context=64)
+    guess = Model(at, Usage(0, 0, 0), Usage(0, 0, 0))
+    asked = []
+
+    def confirm(there):
+        asked.append(there.batch)
+        return Model(there, Usage(50_000 * there.batch, 0, 0), Usage(0, 0, 0))
+
+    available = guess.peak(at) * 2
+    found = largest(guess, lambda n: at.resized(n, 64), available, confirm)
+    assert found.compiled
+    assert asked[-1] == found.size < asked[0]
+    assert confirm(at.resized(found.size, 64)).peak(at.resized(found.size, 64)) <= available
+    assert confirm(at.resized(found.size + 1, 64)).peak(at.resized(found.size + 1, 64)) > available
+
+
+# --------------------------------------------------------------------------------------------------------------------------- the bounds
+
+
+def test_bound_of_a_step_by_hand():
+    """OPT-13B, batch 1: weights once, and 2 * layers * width * bytes of every token."""
+    config = preset("opt-13b")
+    work = bounds.decode_work(Setting(config, parse_strategy("full"), 1, 2048))
+    learned = 2050 * 5120
+    assert work.weight_bytes == 2 * (config.parameter_count - learned)
+    assert work.cache_bytes == 2 * 40 * 5120 * 2 * 2048
+    assert work.from_host == 0
+    h200 = dataclasses.replace(open_device("cpu"), bandwidth=4.8e12, flops={"bfloat16": 989e12})
+    assert work.roofline(h200, "bfloat16") == pytest.approx(work.read / 4.8e12)
+    assert work.roofline(open_device("cpu"), "bfloat16") is None
+    many = bounds.decode_work(Setting(config, parse_strategy("h2o"), 4096, 256))
+    assert many.roofline(h200, "bfloat16") == pytest.approx(many.flops / 989e12)
+
+
+def test_infinigen_moves_its_budget_and_the_first_layers():
+    work = bounds.decode_work(setting("infinigen(budget=0.25)", batch=2, context=200))
+    token = 2 * 2 * 32 * 4
+    assert work.from_host == 2 * token * (2 * 200 + 3 * 50)
+    assert work.to_host == 2 * token * 5
+    at_home = Setting(preset("kvjax-1m"), parse_strategy("infinigen", transfer="device"), 2, 200)
+    assert bounds.decode_work(at_home).from_host == 0
+    offload = bounds.decode_work(setting("offload", batch=2, context=200))
+    assert offload.from_host == 2 * token * 5 * 200
+
+
+# --------------------------------------------------------------------------------------------------------------------- the command line
+
+
+def test_json_of_the_command():
+    args = ["--model=kvjax-1m", "--compare=full,h2o", "--batch=2", "--context=96", "--output_len=16", "--topology=cpu", "--dtype=float32"]
+    process = subprocess.run(
+        [sys.executable, "-m", "kvjax.plan", *args, "--norefine", "--json"], capture_output=True, text=True, timeout=120
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+    found = [json.loads(line) for line in process.stdout.splitlines()]
+    assert [record["strategy"] for record in found] == ["full", "h2o(heavy=0.1,recent=0.1)"]
+    for record in found:
+        assert {"model_id", "topology", "dtype", "batch_size", "context", "compiled_layers", "fits", "available_bytes"} <= record.keys()
+        assert {"computed_weights_bytes", "compiled_decode_temp_bytes", "compiled_peak_bytes", "bound_decode_ms"} <= record.keys()
+        assert {"computed_kv_host_pool_bytes", "computed_decode_from_host_bytes", "largest_batch", "largest_context"} <= record.keys()
+        assert not [key for key in record if "measured" in key]
+        assert record["fits"]
+        assert record["compiled_peak_bytes"] == max(record["compiled_decode_peak_bytes"], record["compiled_prefill_peak_bytes"])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: open_device("b300"), "unknown topology 'b300'; choose from h200, h100, a100"),
+        (lambda: setting("infinigen", output_len=CONTEXT), f"output_len={CONTEXT}: a context of {CONTEXT} tokens has room for 1 to"),
+        (lambda: setting("full", batch=0), "at least 1"),
+        (lambda: Setting(preset("kvjax-1m"), parse_strategy("infinigen", transfer="driven"), 1, 64), "plan transfer=jit"),
+    ],
+)
+def test_bad_settings(make, message):
+    with pytest.raises(SpecError, match=message):
+        make()
+
+
+def test_bad_flags_end_the_command_in_one_line():
+    process = subprocess.run([sys.executable, "-m", "kvjax.plan", "--model=opt-14b"], capture_output=True, text=True, timeout=60)
+    assert process.returncode == 2
+    assert process.stderr.startswith("kvjax: unknown model 'opt-14b'")
+    assert len(process.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in DEVICES if name != "cpu"])
+def test_a_card_compiles_or_says_which_extra_brings_its_compiler(name):
+    try:
+        device = open_device(name)
+    except PlanError as error:
+        assert "pip install 'kvjax[aot]'" in str(error)
+        assert "\n" not in str(error)
+        pytest.skip("the compiler for this card is not installed (extra aot)")
+    small = dataclasses.replace(setting("full", batch=2, context=64), dtype="bfloat16")
+    found = plan(small.with_layers(1), device, search=False)
+    assert 0 < found.decode_peak < 1e8
+    assert found.roofline is not None
