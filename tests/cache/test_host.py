@@ -21,8 +21,9 @@ JIT, DEVICE = HostStore("jit"), HostStore("device")
 # --------------------------------------------------------------------------------------------------------------------- conformance
 
 LAYOUT = ("equals_masked_full_attention", "bounded_chunks_stay_bounded", "unused_memory_never_leaks")
+LEFT_OUT = ("odd_lengths", "rope_is_relative", "donation_leaves_no_copy")  # two of them compile most; donation is asked of the top-k below
 CASES: list[tuple[Policy, HostStore, tuple[str, ...]]] = [
-    (FULL, JIT, tuple(check for check in CHECKS if check != "donation_leaves_no_copy")),
+    (FULL, JIT, tuple(check for check in CHECKS if check not in LEFT_OUT)),
     (HEAVY, JIT, (*LAYOUT, "ledger_adds_up")),
     (STREAMING, DEVICE, LAYOUT),
     (TOP, DEVICE, (*LAYOUT, "donation_leaves_no_copy")),
