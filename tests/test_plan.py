@@ -1,6 +1,8 @@
 """The planner: its bytes against those of real runs on a CPU, its search against brute force, its command line."""
 
 import dataclasses
+import functools
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from kvjax.cache import HostStore, Prefill, ledger, parse_strategy
 from kvjax.cache.ledger import nbytes
@@ -16,7 +19,8 @@ from kvjax.calibrate import calibrated
 from kvjax.errors import SpecError
 from kvjax.generation import _prefill, cache_shape, decode_program, run_prefill
 from kvjax.models import load_model, preset
-from kvjax.plan import DEVICES, PlanError, Setting, bounds, open_device, plan, planner, programs
+from kvjax.plan import DEVICES, Plan, PlanError, Setting, bounds, open_device, plan, planner, programs
+from kvjax.plan import __main__ as command
 from kvjax.plan.planner import Model, largest
 from kvjax.plan.programs import Usage
 from kvjax.sampling import Sampling
@@ -37,48 +41,52 @@ def setting(spec: str, batch: int = BATCH, context: int = CONTEXT, **changes) ->
 # -------------------------------------------------------------------------------------------------------------- against what really runs
 
 
+@functools.cache
+def planned(spec: str) -> Plan:
+    return plan(setting(spec), open_device("cpu"), depths="all", search=False)
+
+
 @pytest.mark.parametrize("spec", ["full", "h2o", "vllm", "infinigen"])
 def test_planned_bytes_are_those_of_a_real_run(model, spec):
-    """The ledger of a real state, and XLA's memory analysis of the programs that were compiled from real arrays."""
-    planned = plan(setting(spec), open_device("cpu"), depths="all", search=False)
-    strategy = parse_strategy(spec)
+    """The ledger of a real state, and XLA's memory analysis of the decode program for it."""
+    strategy, found = parse_strategy(spec), planned(spec)
     prepared = calibrated(model, strategy)
     tokens = np.random.default_rng().integers(0, 256, (BATCH, CONTEXT - NEW)).astype(np.int32)
-    lengths = np.full(BATCH, CONTEXT - NEW, np.int32)
-    _, kv = run_prefill(prepared, strategy, tokens, lengths, NEW)
-    books, found = ledger(strategy, kv), planned.cache
-    assert found.device == books.device.total
-    assert found.host_pool == books.host.total
-    assert found.metadata + found.partial_keys == books.device.metadata
-    assert planned.weights == nbytes(model.params["params"])
+    _, kv = run_prefill(prepared, strategy, tokens, np.full(BATCH, CONTEXT - NEW, np.int32), NEW)
+    books = ledger(strategy, kv)
+    assert found.cache.device == books.device.total
+    assert found.cache.host_pool == books.host.total
+    assert found.cache.metadata + found.cache.partial_keys == books.device.metadata
     buffers = {x.unsafe_buffer_pointer(): x.nbytes for x in jax.tree.leaves(prepared.params)}
-    assert planned.weights + planned.guide == sum(buffers.values())
+    assert found.weights == nbytes(model.params["params"])
+    assert found.weights + found.guide == sum(buffers.values())
 
-    held = planned.weights + planned.guide + books.device.total
-    decode = decode_program(prepared, strategy, Sampling(), kv).memory_analysis()
+    analysis = decode_program(prepared, strategy, Sampling(), kv).memory_analysis()
+    if analysis is None:
+        pytest.skip("this backend has no memory analysis")
+    beside = analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes
+    assert found.decode_peak == pytest.approx(sum(buffers.values()) + books.device.total + beside, rel=0.05)
+    if not isinstance(strategy.store, HostStore):  # whose program has the pool among its arguments, and leaves out what it never reads
+        assert found.decode_peak == pytest.approx(analysis.argument_size_in_bytes + beside, rel=0.05)
+
+
+def test_planned_prefill_is_that_of_a_real_run(model):
+    strategy, lengths = parse_strategy("full"), np.full(BATCH, CONTEXT - NEW, np.int32)
     empty = strategy.init(cache_shape(model), lengths, CONTEXT - NEW, NEW)
-    step = Prefill(jnp.asarray(lengths), strategy)
-    prefill = _prefill.lower(model.decoder, prepared.params, jnp.asarray(tokens), empty, step).compile().memory_analysis()
-    for analysis, peak in ((decode, planned.decode_peak), (prefill, planned.prefill_peak)):
-        if analysis is None:
-            pytest.skip("this backend has no memory analysis")
-        real = held + analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes
-        assert peak == pytest.approx(real, rel=0.05)
-    if not isinstance(strategy.store, HostStore):  # whose program leaves out what it does not read of the guide, and has the pool beside it
-        total = decode.argument_size_in_bytes + decode.output_size_in_bytes - decode.alias_size_in_bytes + decode.temp_size_in_bytes
-        assert planned.decode_peak == pytest.approx(total, rel=0.05)
+    tokens = jnp.zeros((BATCH, CONTEXT - NEW), jnp.int32)
+    lowered = _prefill.lower(model.decoder, model.params, tokens, empty, Prefill(jnp.asarray(lengths), strategy))
+    analysis = lowered.compile().memory_analysis()
+    real = nbytes((model.params, empty)) + analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes
+    assert planned("full").prefill_peak == pytest.approx(real, rel=0.05)
 
 
 def test_two_depths_tell_what_all_layers_take():
-    config = dataclasses.replace(preset("kvjax-1m"), num_layers=7)
-    deep = dataclasses.replace(setting("h2o", batch=8, context=128), config=config)
-    device = open_device("cpu")
-    two, every = (plan(deep, device, depths=depths, search=False) for depths in ("two", "all"))  # type: ignore[arg-type]
-    assert (two.depths, every.depths) == ((2, 4), (7, 7))
-    assert two.cache == every.cache
-    assert two.peak == pytest.approx(every.peak, rel=0.05)
-    assert two.compiled == "compiled at 2 and 4 layers, computed for 7"
-    assert every.compiled == "compiled"
+    at, device, every = setting("full"), open_device("cpu"), planned("full")
+    assert (at.depths(), every.depths, every.compiled) == ((2, 4), (5, 5), "compiled")
+    two, four = (programs.compiled_decode(at.with_layers(depth), device) for depth in at.depths())
+    carried = planner._carried_on(2, two, 4, four, 5)
+    assert planner.peaks(at, carried, every.prefill)[0] == pytest.approx(every.decode_peak, rel=0.05)
+    assert carried.flops == pytest.approx(every.decode.flops, rel=0.05)
 
 
 @pytest.mark.parametrize("spec", ["full", "vllm", "h2o+paged", "infinigen", "streaming(sinks=4,window=60)"])
@@ -160,20 +168,36 @@ def test_infinigen_moves_its_budget_and_the_first_layers():
 
 
 def test_json_of_the_command():
-    args = ["--model=kvjax-1m", "--compare=full,h2o", "--batch=2", "--context=96", "--output_len=16", "--topology=cpu", "--dtype=float32"]
-    process = subprocess.run(
-        [sys.executable, "-m", "kvjax.plan", *args, "--norefine", "--json"], capture_output=True, text=True, timeout=120
+    args = (
+        "--model=kvjax-1m --strategy=full --batch=2 --context=96 --output_len=16 --topology=cpu --dtype=float32 --exact --norefine --json"
     )
+    process = subprocess.run([sys.executable, "-m", "kvjax.plan", *args.split()], capture_output=True, text=True, timeout=120)
     assert (process.returncode, process.stderr) == (0, "")
-    found = [json.loads(line) for line in process.stdout.splitlines()]
-    assert [record["strategy"] for record in found] == ["full", "h2o(heavy=0.1,recent=0.1)"]
-    for record in found:
-        assert {"model_id", "topology", "dtype", "batch_size", "context", "compiled_layers", "fits", "available_bytes"} <= record.keys()
-        assert {"computed_weights_bytes", "compiled_decode_temp_bytes", "compiled_peak_bytes", "bound_decode_ms"} <= record.keys()
-        assert {"computed_kv_host_pool_bytes", "computed_decode_from_host_bytes", "largest_batch", "largest_context"} <= record.keys()
-        assert not [key for key in record if "measured" in key]
-        assert record["fits"]
-        assert record["compiled_peak_bytes"] == max(record["compiled_decode_peak_bytes"], record["compiled_prefill_peak_bytes"])
+    (record,) = [json.loads(line) for line in process.stdout.splitlines()]
+    assert {"model_id", "strategy", "topology", "dtype", "batch_size", "context", "compiled_layers", "available_bytes"} <= record.keys()
+    assert {"computed_weights_bytes", "compiled_decode_temp_bytes", "compiled_decode_flops", "bound_decode_ms"} <= record.keys()
+    assert {"computed_kv_host_pool_bytes", "computed_decode_from_host_bytes", "bound_link_ms"} <= record.keys()
+    assert not [key for key in record if "measured" in key]
+    assert record["fits"]
+    assert record["planned_peak_bytes"] == max(record["planned_decode_peak_bytes"], record["planned_prefill_peak_bytes"])
+    assert record["largest_batch"] > 2
+    assert record["largest_batch_source"] == record["largest_context_source"] == "computed"
+
+
+def test_plans_stand_side_by_side():
+    console = Console(width=150, record=True, file=io.StringIO())
+    command.show([planned("full"), planned("infinigen")], console)
+    text = console.export_text()
+    for words in (
+        "kvjax-1m (float32) on cpu",
+        "nothing is measured",
+        "keys and values",
+        "pool of keys",
+        "partial keys",
+        "fits",
+        "all layers",
+    ):
+        assert words in text
 
 
 @pytest.mark.parametrize(
@@ -182,7 +206,7 @@ def test_json_of_the_command():
         (lambda: open_device("b300"), "unknown topology 'b300'; choose from h200, h100, a100"),
         (lambda: setting("infinigen", output_len=CONTEXT), f"output_len={CONTEXT}: a context of {CONTEXT} tokens has room for 1 to"),
         (lambda: setting("full", batch=0), "at least 1"),
-        (lambda: Setting(preset("kvjax-1m"), parse_strategy("infinigen", transfer="driven"), 1, 64), "plan transfer=jit"),
+        (lambda: Setting(preset("kvjax-1m"), parse_strategy("infinigen", transfer="driven"), 1, 256), "plan transfer=jit"),
     ],
 )
 def test_bad_settings(make, message):

@@ -4,6 +4,9 @@ Scores stand as [keys, queries], so that the log-sum-exp of a query is one numbe
 added where they are, element by element, in a float32 tile that stays in vector memory while the queries come by. Its rows are summed
 once, at the end, by a product with ones: that leaves the sums of keys lying along the lanes, as they are stored. Tiles of queries before
 the diagonal and behind the last that counts are not computed, and not fetched either: their index is that of a tile that is.
+
+A tile of one head has to lie in one piece, so queries and keys are read heads before tokens. Where XLA makes them in the same program it
+writes them in that order; where they come from outside, it copies them once.
 """
 
 import functools

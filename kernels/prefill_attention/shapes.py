@@ -38,11 +38,17 @@ def _case(
 ) -> Case:  # fmt: skip
     q = array((batch, queries, geometry.heads, geometry.head_dim), dtype)
     k, row = array((batch, keys, geometry.kv_heads, geometry.head_dim), dtype), array((batch,), jnp.int32)
-    arguments = (q, k, k if function is prefill_attention else array((batch, geometry.heads, queries), jnp.float32), row, row)
+    arguments: Any = (q, k, k if function is prefill_attention else array((batch, geometry.heads, queries), jnp.float32), row, row)
     kind = "" if dtype == jnp.bfloat16 else f" {jnp.dtype(dtype).name}"
 
+    heads_first = implementation == "mosaic_tpu"  # how its kernel reads them, and how XLA writes them where a model makes them for it
+    if heads_first:
+        arguments = (*(array((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), dtype) for x in arguments[:2]), *arguments[2:])
+
     def call(arguments):
-        return function(*arguments, implementation=implementation)
+        q, k, *rest = arguments
+        q, k = (x.swapaxes(1, 2) if heads_first else x for x in (q, k))
+        return function(q, k, *rest, implementation=implementation)
 
     name = f"{function.__name__} {geometry.name} b{batch} {queries}x{keys}{kind}"
     return Case(name, implementation, call, arguments, 2 * math.prod(q.shape) + 4 * math.prod(k.shape), quick)

@@ -39,4 +39,5 @@ def _case(
         return speculate(*arguments, alpha=4.0, limit=context // 5, implementation=implementation)
 
     name = f"{geometry.name} b{batch} c{context} d{dim}{kind}"
-    return Case(name, implementation, call, arguments, math.prod(keys.shape) * jnp.dtype(dtype).itemsize, quick)
+    logits = 3 * 4 * batch * heads * context  # read to count, and in and out of a sort
+    return Case(name, implementation, call, arguments, math.prod(keys.shape) * jnp.dtype(dtype).itemsize + logits, quick)

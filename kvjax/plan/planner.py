@@ -102,7 +102,7 @@ class Plan:
         return f"compiled at {low} layers, taken for {deep}" if low == high else f"compiled at {low} and {high} layers, computed for {deep}"
 
     def record(self) -> dict[str, object]:
-        """Flat keys for JSON; every figure's key begins with how it came about."""
+        """Flat keys for JSON; a figure's key begins with how it came about: `planned_` is computed plus compiled."""
         setting, cache, work = self.setting, self.cache, self.work
         flat: dict[str, object] = {
             "model_id": setting.config.name,
@@ -127,9 +127,9 @@ class Plan:
             "computed_kv_host_pool_bytes": cache.host_pool,
             "compiled_decode_temp_bytes": self.decode.temp,
             "compiled_prefill_temp_bytes": self.prefill.temp,
-            "compiled_decode_peak_bytes": self.decode_peak,
-            "compiled_prefill_peak_bytes": self.prefill_peak,
-            "compiled_peak_bytes": self.peak,
+            "planned_decode_peak_bytes": self.decode_peak,
+            "planned_prefill_peak_bytes": self.prefill_peak,
+            "planned_peak_bytes": self.peak,
             "compiled_decode_flops": self.decode.flops,
             "compiled_decode_accessed_bytes": self.decode.accessed,
             "fits": self.fits,

@@ -221,11 +221,13 @@ def _abstract_params(config: ModelConfig, dtype: str, strategy: Strategy) -> par
 
 
 def weight_bytes(setting: Setting) -> tuple[int, int]:
-    """Of the parameters, and of what a guide has beside them (it may name parameters of the model again, which take no memory twice)."""
+    """Of the parameters, and of what a guide has beside them.
+
+    Where a guide projects queries, its weights are the model's own and its projection is the next layer's `key`: no memory twice.
+    """
     params = _params(setting)
     guide = 0
     for layer in guides(params, setting.config.num_layers):
-        guide += nbytes(layer.key)
-        if layer.following is not None:
-            guide += nbytes(layer.following if layer.following.project is None else layer.following.project)
+        cut = layer.following is not None and layer.following.project is None
+        guide += nbytes(layer.key) + (nbytes(layer.following) if cut else 0)
     return nbytes(params["params"]), guide
