@@ -340,7 +340,7 @@ class Device:
         assert len({row for row, *_ in fed}) == len(fed), "a row twice"
         return layers, tokens, chosen
 
-    def prefill(self, _, params, layers, packed, chunk, num_valid):
+    def prefill(self, _, context, params, layers, packed, chunk, num_valid):
         assert not self.staged
         self._note("prefill", packed, chunk, num_valid)
         _, start, _, _, _, table = self._unpacked(packed[0])
@@ -357,7 +357,7 @@ class Device:
         self.staging[start:end] = chunk[0, : end - start].tolist()
         return staging, tuple(self.staging[:end])
 
-    def settle(self, _, context, layers, staging, packed):
+    def settle(self, _, context, params, layers, staging, packed):
         self._note("settle", packed, context)
         row, length, prompt_length, _, _, table = self._unpacked(packed[0])
         if row < self.rows:
@@ -375,7 +375,7 @@ class Device:
             tokens[row] = max(chosen, 0)
         return tokens, np.array([chosen], np.int32)
 
-    def copy(self, layers, pages, rows):
+    def copy(self, _, layers, pages, rows):
         self._note("copy", pages, rows)
         found = [(source, target, self._page(source)) for source, target in pages.T.tolist() if target < self.num_pages]
         for source, target, content in found:
