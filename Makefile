@@ -5,13 +5,16 @@ BIN := .venv/bin
 AOT := .venv-aot/bin
 MODEL ?= kvjax-4m
 
-.PHONY: run test lint bench soak train aot environment
+.PHONY: run test test-kernels lint bench soak train aot environment
 
 run: environment  ## compare four strategies on the bundled model
 	$(BIN)/python -m kvjax.run --compare=full,streaming,h2o,oracle_topk
 
-test: environment  ## every test
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
+test: environment  ## every test but those of the kernels
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal --ignore=tests/kernels
+
+test-kernels: environment  ## the Pallas kernels in their interpreters
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal tests/kernels
 
 lint: environment  ## style, format, types
 	$(BIN)/ruff check .
