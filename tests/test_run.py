@@ -148,7 +148,7 @@ REFUSED = [
     (["--input_len=many"], "kvjax: cannot read lengths 'many'; write tokens such as 512"),
     (["--input_len=uniform(8,16)"], "--input_len=uniform(8,16): offline all prompts have one length; give a number of tokens, or a load"),
     (["--batch_size=0"], "flag --batch_size=0: 0 is not a positive integer"),
-    (["--store=cloud"], "flag --store=cloud: value should be one of <dense|paged>"),
+    (["--store=cloud"], "flag --store=cloud: value should be one of <dense|paged|host>"),
     (["--strategy=vllm", "--store=dense"], "vllm means full in the paged store; for full in another store write full+dense"),
     (["--max_num_seqs=8"], "--max_num_seqs needs a load; add one of --request_rate"),
     (["--request_rate=4", "--batch_size=2"], "--batch_size has no meaning under load"),
