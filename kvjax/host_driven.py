@@ -69,12 +69,8 @@ def _without_pool(layer: LayerState) -> LayerState:
     return dataclasses.replace(layer, store=dataclasses.replace(layer.store, k=None, v=None))
 
 
-def _fetch(store: HostStore, pool, chosen, length: np.ndarray) -> tuple[Any, Any, Any]:
-    """Gathers rows on the host and starts their copy to the device.
-
-    Returns k and v [B, Hkv, size, D], and the slot of every row that could have been fetched, C where none is meant, and one more for the
-    step's own token.
-    """
+def _fetch(store: HostStore, pool, chosen, length: np.ndarray) -> tuple[Staged, np.int32]:
+    """Gathers rows on the host and starts their copy to the device; what `HostStore.prefetch` stages, and how many rows a kv head got."""
     batch, heads, slots, _ = pool[0].shape
     if chosen is not None:
         chosen = [np.asarray(x) for x in chosen]  # waits for the guess, which is not fetching
@@ -91,8 +87,10 @@ def _fetch(store: HostStore, pool, chosen, length: np.ndarray) -> tuple[Any, Any
             flat = (np.arange(batch * heads, dtype=np.int64).reshape(batch, heads, 1) * slots + slot[:, :, :size]).reshape(-1)
             rows = [x.reshape(-1, x.shape[3]).take(flat, axis=0).reshape(batch, heads, size, -1) for x in pool]
         places = np.where(np.arange(most) < count[:, None, None], slot, slots).astype(np.int32)
-        places = np.pad(places, ((0, 0), (0, 0), (0, 1)), constant_values=slots)
-        return tuple(jax.device_put(x) for x in (*rows, places))  # type: ignore[return-value]
+        room = store.staged_places(most)
+        places = np.pad(places, ((0, 0), (0, 0), (0, room - most)), constant_values=slots)
+        k, v = (_roomy(jax.device_put(x), room) for x in rows)
+        return Staged(k, v, jax.device_put(places)), np.int32(size)
 
 
 def _size(store: HostStore, most: int, count: np.ndarray) -> int:
@@ -133,19 +131,24 @@ def _look_ahead(decoder: Decoder, strategy: Strategy, weights, x, rotation, foll
         return strategy.choose(following, queries, KVState((), length, length), active)
 
 
+@partial(jax.jit, static_argnums=1)
+def _roomy(rows: Float[Array, "B Hkv size D"], places: int) -> Float[Array, "B Hkv K D"]:
+    """Fetched rows with room behind them, so that a layer is one program whatever was fetched: how much that is changes all the time."""
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, places - rows.shape[2]), (0, 0)))
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
 def _layer(
     decoder: Decoder, strategy: Strategy, chosen: bool, weights, x, rotation, layer: LayerState, fetched, length, prompt_length, active
 ) -> tuple[Float[Array, "B 1 M"], LayerState]:
     """One layer over what was fetched for it, which was `chosen` or all there is."""
-    k, v, slot = fetched
-    batch, heads, size, _ = k.shape
-    room = ((0, 0), (0, 0), (0, slot.shape[2] - size), (0, 0))
+    staged, size = fetched
+    batch, heads = staged.k.shape[:2]
     held, in_use = strategy.held(layer, KVState((layer,), length, prompt_length), active)
-    wanted = (slot < layer.store.slots).sum() if chosen else heads * in_use.sum()
-    books = jnp.stack([jnp.zeros((), jnp.int32), heads * held.sum(), wanted, jnp.int32(batch * heads * size)])
+    wanted = (staged.slot < layer.store.slots).sum() if chosen else heads * in_use.sum()
+    books = jnp.stack([jnp.zeros((), jnp.int32), heads * held.sum(), wanted, batch * heads * size])
     traffic = layer.store.traffic + books.astype(jnp.float32)
-    store = dataclasses.replace(layer.store, staged=Staged(jnp.pad(k, room), jnp.pad(v, room), slot), traffic=traffic)
+    store = dataclasses.replace(layer.store, staged=staged, traffic=traffic)
     kv = KVState((dataclasses.replace(layer, store=store),), length, prompt_length)
     block: Any = Block(decoder.config, 0, decoder.dtype)
     x, kv = block.apply(weights, x, rotation, kv, Decode(active, strategy))

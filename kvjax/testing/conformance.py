@@ -21,6 +21,8 @@ TOLERANCE = 2e-5
 """For float32 outputs of order one; the sums run over tens of terms."""
 
 PROMPT, STEPS, CHUNK = 37, 24, 8
+RAGGED = np.array([PROMPT, PROMPT - 9, 5])
+"""Prompt lengths of a batch; most checks share it, and with it the compiled programs."""
 
 
 class Skip(Exception):
@@ -77,21 +79,19 @@ def ample_budget_equals_full(strategy: Strategy, rng: np.random.Generator) -> No
         ample = Strategy(strategy.policy.ample(2 * (PROMPT + STEPS)), strategy.store)
     except SpecError as error:
         raise Skip(f"no way to set its budget: {error}") from None
-    tokens = random_tokens(rng, 2, PROMPT + STEPS)
-    lengths = np.array([PROMPT, PROMPT - 5])
-    _same(run(ample, tokens, lengths, STEPS), run(Strategy(Full(), strategy.store), tokens, lengths, STEPS), "the full cache")
+    tokens = random_tokens(rng, 3, PROMPT + STEPS)
+    _same(run(ample, tokens, RAGGED, STEPS), run(Strategy(Full(), strategy.store), tokens, RAGGED, STEPS), "the full cache")
 
 
 def equals_masked_full_attention(strategy: Strategy, rng: np.random.Generator) -> None:
     """Every decode output is full attention masked to the tokens that are kept, at their true positions."""
-    tokens = random_tokens(rng, 2, PROMPT + STEPS)
-    lengths = np.array([PROMPT, PROMPT - 9])
-    trace = run(strategy, tokens, lengths, STEPS)
+    tokens = random_tokens(rng, 3, PROMPT + STEPS)
+    trace = run(strategy, tokens, RAGGED, STEPS)
     for step in range(0, STEPS, 3):
-        for row in range(2):
-            at = int(lengths[row]) + step
+        for row, length in enumerate(RAGGED.tolist()):
+            at = length + step
             held = [set(kept(trace.states[step], row, head)) | {at} for head in range(SHAPE.num_kv_heads)]
-            want = masked_attention(strategy, tokens, row, at, held, int(lengths[row]))
+            want = masked_attention(strategy, tokens, row, at, held, length)
             _close(trace.outs[row, step], want, f"row {row}, step {step}: masked full attention")
     _slots_hold_what_they_say(strategy, tokens, trace.states[-1])
 
@@ -107,8 +107,7 @@ def _slots_hold_what_they_say(strategy: Strategy, tokens: Tokens, kv: KVState) -
 
 def budget_holds_and_nothing_returns(strategy: Strategy, rng: np.random.Generator) -> None:
     """The kept set stays within the budget, the store within budget + 1 slots, and an evicted token never comes back."""
-    lengths = np.array([PROMPT, PROMPT - 9, 3])
-    trace = run(strategy, random_tokens(rng, 3, PROMPT + STEPS), lengths, STEPS)
+    trace = run(strategy, random_tokens(rng, 3, PROMPT + STEPS), RAGGED, STEPS)
     budget = strategy.policy.kept_tokens(PROMPT)
     if budget is None:
         raise Skip("it keeps everything")
@@ -116,7 +115,7 @@ def budget_holds_and_nothing_returns(strategy: Strategy, rng: np.random.Generato
     if strategy.policy.evicts_in_decode:
         need = strategy.store.rounded(min(budget + 1, PROMPT + STEPS))
         assert capacity == need, f"{capacity} slots for a budget of {budget}, {need} would do"
-    for row, length in enumerate(lengths):
+    for row, length in enumerate(RAGGED):
         limit = strategy.policy.kept_tokens(int(length))
         for head in range(SHAPE.num_kv_heads):
             before: set[int] = set(range(int(length)))
@@ -158,43 +157,36 @@ def protected_survive_ties(strategy: Strategy, rng: np.random.Generator) -> None
 
 def chunks_change_nothing(strategy: Strategy, rng: np.random.Generator) -> None:
     """A prompt in chunks, compressed at the end, gives the outputs and the kept sets of one call."""
-    tokens = random_tokens(rng, 2, PROMPT + 4)
-    lengths = np.array([PROMPT, PROMPT - 9])
-    whole = run(strategy, tokens, lengths, 4)
-    for chunk in (CHUNK, 1 + CHUNK):
-        parts = run(strategy, tokens, lengths, 4, chunk=chunk)
-        for row, length in enumerate(lengths):
-            _close(parts.prompt_out[row, :length], whole.prompt_out[row, :length], f"prompt in chunks of {chunk}: one call")
-            for head in range(SHAPE.num_kv_heads):
-                assert kept(parts.states[0], row, head).keys() == kept(whole.states[0], row, head).keys(), (
-                    f"kept sets differ, chunks of {chunk}"
-                )
-        _close(parts.outs, whole.outs, f"decoding after chunks of {chunk}: after one call")
+    tokens = random_tokens(rng, 3, PROMPT + STEPS)
+    whole, parts = run(strategy, tokens, RAGGED, STEPS), run(strategy, tokens, RAGGED, STEPS, chunk=CHUNK)
+    for row, length in enumerate(RAGGED):
+        _close(parts.prompt_out[row, :length], whole.prompt_out[row, :length], "in chunks: in one call")
+        for head in range(SHAPE.num_kv_heads):
+            assert kept(parts.states[0], row, head).keys() == kept(whole.states[0], row, head).keys(), "chunks keep other tokens"
+    _close(parts.outs, whole.outs, "decoding after chunks: after one call")
 
 
 def bounded_chunks_stay_bounded(strategy: Strategy, rng: np.random.Generator) -> None:
     """A prompt in chunks, cut back after each, never occupies more slots than the budget and still decodes as masked attention."""
     if strategy.policy.kept_tokens(PROMPT) is None:
         raise Skip("it keeps everything")
-    tokens = random_tokens(rng, 2, PROMPT + STEPS)
-    lengths = np.array([PROMPT, PROMPT - 9])
-    trace = run(strategy, tokens, lengths, STEPS, chunk=CHUNK, bounded=True)
-    for row in range(2):
+    tokens = random_tokens(rng, 3, PROMPT + STEPS)
+    trace = run(strategy, tokens, RAGGED, STEPS, chunk=CHUNK, bounded=True)
+    for row, length in enumerate(RAGGED.tolist()):
         for head in range(SHAPE.num_kv_heads):
-            assert len(kept(trace.states[0], row, head)) == min(strategy.policy.kept_tokens(int(lengths[row])), int(lengths[row]))
-        held = [set(kept(trace.states[0], row, head)) | {int(lengths[row])} for head in range(SHAPE.num_kv_heads)]
-        want = masked_attention(strategy, tokens, row, int(lengths[row]), held, int(lengths[row]))
+            assert len(kept(trace.states[0], row, head)) == min(strategy.policy.kept_tokens(length), length)
+        held = [set(kept(trace.states[0], row, head)) | {length} for head in range(SHAPE.num_kv_heads)]
+        want = masked_attention(strategy, tokens, row, length, held, length)
         _close(trace.outs[row, 0], want, f"row {row}: masked full attention")
     _slots_hold_what_they_say(strategy, tokens, trace.states[-1])
 
 
 def rows_are_independent(strategy: Strategy, rng: np.random.Generator) -> None:
     """A row alone equals the row in a ragged batch."""
-    lengths = np.array([PROMPT, 5, PROMPT - 9])
     tokens = random_tokens(rng, 3, PROMPT + STEPS)
-    together = run(strategy, tokens, lengths, STEPS)
+    together = run(strategy, tokens, RAGGED, STEPS)
     for row in range(3):
-        alone = run(strategy, tokens.rows(slice(row, row + 1)), lengths[row : row + 1], STEPS)
+        alone = run(strategy, tokens.rows(slice(row, row + 1)), RAGGED[row : row + 1], STEPS, width=PROMPT)
         _close(together.outs[row], alone.outs[0], f"row {row} of a batch: the row alone")
         for head in range(SHAPE.num_kv_heads):
             assert kept(together.states[-1], row, head).keys() == kept(alone.states[-1], 0, head).keys(), (
@@ -206,7 +198,7 @@ def inactive_rows_are_untouched(strategy: Strategy, rng: np.random.Generator) ->
     """A decode step leaves every byte of an inactive row as it was."""
     tokens = random_tokens(rng, 3, PROMPT + STEPS)
     active = np.array([True, False, True])
-    trace = run(strategy, tokens, np.array([PROMPT, PROMPT - 9, 4]), 5, active=active)
+    trace = run(strategy, tokens, RAGGED, STEPS, active=active)
     still = ~active
     for before, after in zip(*(_row_arrays(strategy, state) for state in (trace.states[0], trace.states[-1])), strict=True):
         np.testing.assert_array_equal(after[still], before[still])
@@ -244,12 +236,11 @@ def odd_lengths(strategy: Strategy, rng: np.random.Generator) -> None:
 
 def unused_memory_never_leaks(strategy: Strategy, rng: np.random.Generator) -> None:
     """Memory that starts as NaN, and keys of empty slots turned to NaN before every step, change nothing."""
-    tokens = random_tokens(rng, 2, PROMPT + STEPS)
-    lengths = np.array([PROMPT, 3])
-    clean = run(strategy, tokens, lengths, STEPS)
-    _close(run(strategy, tokens, lengths, STEPS, fill=np.nan, poison=True).outs, clean.outs, "with NaN in unused memory: without")
-    chunked = run(strategy, tokens, lengths, STEPS, chunk=CHUNK)
-    dirty = run(strategy, tokens, lengths, STEPS, chunk=CHUNK, fill=np.nan, poison=True)
+    tokens = random_tokens(rng, 3, PROMPT + STEPS)
+    clean = run(strategy, tokens, RAGGED, STEPS)
+    _close(run(strategy, tokens, RAGGED, STEPS, fill=np.nan, poison=True).outs, clean.outs, "with NaN in unused memory: without")
+    chunked = run(strategy, tokens, RAGGED, STEPS, chunk=CHUNK)
+    dirty = run(strategy, tokens, RAGGED, STEPS, chunk=CHUNK, fill=np.nan, poison=True)
     _close(dirty.outs, chunked.outs, "in chunks with NaN in unused memory: without")
 
 
@@ -265,26 +256,26 @@ def no_retrace(strategy: Strategy, rng: np.random.Generator) -> None:
         _, layer = strategy.decode(kv.layers[0], q, k, v, kv, active, guide(strategy))
         return dataclasses.replace(kv.with_layer(0, layer), length=kv.length + active)
 
-    kv = run(strategy, random_tokens(rng, 2, PROMPT), np.array([PROMPT, 3]), 0).states[-1]
-    tokens = random_tokens(rng, 2, 1)
-    for active in ((True, True), (True, False), (True, True)):
+    kv = run(strategy, random_tokens(rng, 3, PROMPT + STEPS), RAGGED, STEPS).states[-4]
+    tokens = random_tokens(rng, 3, 1)
+    for active in ((True, True, True), (True, False, True), (True, True, True)):
         kv = step(kv, tokens.q, tokens.k, tokens.v, np.array(active))
     assert traces == 1, f"the decode step was traced {traces} times"
 
 
 def ledger_adds_up(strategy: Strategy, rng: np.random.Generator) -> None:
     """The ledger's total is the arrays' nbytes, its live bytes are the kept tokens', and XLA sees the same bytes go in and be reused."""
-    kv = run(strategy, random_tokens(rng, 2, PROMPT + STEPS), np.array([PROMPT, PROMPT - 9]), STEPS).states[-1]
+    kv = run(strategy, random_tokens(rng, 3, PROMPT + STEPS), RAGGED, STEPS).states[-1]
     books = ledger(strategy, kv)
     leaves = sum(leaf.nbytes for leaf in jax.tree.leaves(kv))
     assert books.device.total + books.host.total == leaves, f"ledger {books.device.total + books.host.total} bytes, arrays {leaves}"
-    pairs = sum(len(kept(kv, row, head)) for row in range(2) for head in range(SHAPE.num_kv_heads))
+    pairs = sum(len(kept(kv, row, head)) for row in range(3) for head in range(SHAPE.num_kv_heads))
     live = books.device.live + books.host.live
     assert live == pairs * 2 * SHAPE.head_dim * 4, f"{live} live bytes for {pairs} kept (token, head) pairs"
     assert min(min(dataclasses.astuple(tier)) for tier in (books.device, books.host)) >= 0
-    program = _decode_program(strategy, batch=2, prompt=PROMPT, shape=SHAPE)
+    program = _decode_program(strategy, batch=3, prompt=PROMPT, shape=SHAPE)
     analysis = _memory(program)
-    expected = nbytes(strategy.init(SHAPE, [PROMPT] * 2, PROMPT, STEPS))
+    expected = nbytes(strategy.init(SHAPE, [PROMPT] * 3, PROMPT, STEPS))
     assert analysis.alias_size_in_bytes == expected, f"XLA reuses {analysis.alias_size_in_bytes} bytes, the state has {expected}"
 
 

@@ -15,6 +15,8 @@ from kvjax.models.config import Rope
 from kvjax.models.decoder import rope_angles, rotate
 from kvjax.models.guide import Guide
 
+ROTATED_AT_A_TIME = 256
+
 SHAPE = CacheShape(num_layers=1, num_kv_heads=2, group_size=2, head_dim=16, dtype=jnp.dtype(jnp.float32))
 
 
@@ -44,8 +46,24 @@ def random_tokens(rng: np.random.Generator, batch: int, length: int, offset: int
         rng.standard_normal((batch, length, heads, SHAPE.head_dim)).astype(np.float32)
         for heads in (SHAPE.num_kv_heads * SHAPE.group_size, SHAPE.num_kv_heads, SHAPE.num_kv_heads)
     )
-    rotation = rope_angles(Rope(), SHAPE.head_dim, jnp.broadcast_to(offset + jnp.arange(length), (batch, length)))
-    return Tokens(np.asarray(rotate(jnp.asarray(q * sharpness), rotation)), np.asarray(rotate(jnp.asarray(k), rotation)), v)
+    return Tokens(_rotated(q * sharpness, offset), _rotated(k, offset), v)
+
+
+def _rotated(x: Float[np.ndarray, "B S h D"], offset: int) -> Float[np.ndarray, "B S h D"]:
+    """Every vector on its own, so that all shapes share one program."""
+    batch, length, heads, dim = x.shape
+    position = np.broadcast_to(offset + np.arange(length)[:, None], (batch, length, heads)).reshape(-1)
+    flat, out = x.reshape(-1, dim), []
+    for start in range(0, len(flat), ROTATED_AT_A_TIME):
+        part, where = flat[start : start + ROTATED_AT_A_TIME], position[start : start + ROTATED_AT_A_TIME]
+        spare = ROTATED_AT_A_TIME - len(part)
+        out.append(np.asarray(_rotate_all(np.pad(part, ((0, spare), (0, 0))), np.pad(where, (0, spare))))[: len(part)])
+    return np.concatenate(out).reshape(x.shape)
+
+
+@jax.jit
+def _rotate_all(x: Float[Array, "n D"], position: Int[Array, " n"]) -> Float[Array, "n D"]:
+    return rotate(x[None, :, None], rope_angles(Rope(), SHAPE.head_dim, position[None]))[0, :, 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +87,7 @@ def run(
     lengths: Int[np.ndarray, " B"],
     steps: int,
     *,
+    width: int | None = None,
     chunk: int | None = None,
     bounded: bool = False,
     active: np.ndarray | None = None,
@@ -78,6 +97,7 @@ def run(
     """Prefills `lengths[b]` tokens of every row, then decodes `steps` more.
 
     Args:
+      width: prompts are padded to this length; None: to the longest of them.
       chunk: tokens per prefill call; None: all at once.
       bounded: with chunks, cut back after each.
       active: rows that decode.
@@ -85,11 +105,11 @@ def run(
       poison: overwrite the keys of empty slots with NaN before every decode step.
     """
     lengths = np.asarray(lengths, np.int32)
-    longest = int(lengths.max())
+    longest = width or int(lengths.max())
     chunk = chunk or longest
     whole = chunk >= longest
-    final = _shuffled(strategy.init(SHAPE, lengths, longest, max(steps, 1), fill))
-    kv = final if whole or bounded or strategy.policy.kept_tokens(1) is None else strategy.stage(SHAPE, lengths, longest, fill)
+    final = _shuffled(_init(strategy, longest, max(steps, 1), fill, lengths))
+    kv = final if whole or bounded or strategy.policy.kept_tokens(1) is None else _stage(strategy, longest, fill, lengths)
     pieces = []
     for start in range(0, longest, chunk):
         at = start + np.arange(chunk)
@@ -112,6 +132,16 @@ def run(
         outs.append(np.asarray(out[:, 0]))
     empty = np.zeros((tokens.batch, 0, *tokens.q.shape[2:]), np.float32)
     return Trace(np.concatenate(pieces, 1)[:, :longest], np.stack(outs, 1) if outs else empty, states)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _init(strategy: Strategy, longest: int, steps: int, fill, lengths) -> KVState:
+    return strategy.init(SHAPE, lengths, longest, steps, fill)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _stage(strategy: Strategy, longest: int, fill, lengths) -> KVState:
+    return strategy.stage(SHAPE, lengths, longest, fill)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
