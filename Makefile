@@ -5,16 +5,21 @@ BIN := .venv/bin
 AOT := .venv-aot/bin
 MODEL ?= kvjax-4m
 
-.PHONY: run test test-kernels lint bench soak train aot environment
+.PHONY: run test test-slow test-kernels lint bench soak train aot environment
 
 run: environment  ## compare four strategies on the bundled model
 	$(BIN)/python -m kvjax.run --compare=full,streaming,h2o,oracle_topk
 
-test: environment  ## every test but those of the kernels
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal --ignore=tests/kernels
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
+
+test: environment  ## every kind of test; further cells of the matrices and the kernels have targets of their own
+	$(PYTEST) -m "not slow" --ignore=tests/kernels
+
+test-slow: environment  ## the further cells
+	$(PYTEST) -m slow --ignore=tests/kernels
 
 test-kernels: environment  ## the Pallas kernels in their interpreters
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal tests/kernels
+	$(PYTEST) tests/kernels
 
 lint: environment  ## style, format, types
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 
@@ -16,6 +17,32 @@ import pytest
 from kvjax.models import BUNDLED, PRESETS, Model, ModelConfig, parameters
 from kvjax.models.tokenizer import ByteTokenizer
 
+FURTHER = (
+    r"test_conformance\.py::test_built_in_strategy_conforms\[(h2o.*(decode|group|0\.1)|streaming.*0\.1)",
+    r"test_paged\.py::test_built_in_policy_conforms\[.*(8x3|64x3)|test_paged\.py::test_built_in_policy_conforms\[(streaming|oracle)",
+    r"test_paged\.py::test_rows_that_share_pages.*\[.*-5-",
+    r"test_paged\.py::test_extents_behind.*\[pages[1-9]",
+    r"test_paged\.py::test_attention_of_a_chunk.*\[.*-(24|150)-1",
+    r"test_host\.py::test_built_in_policy_conforms\[(h2o|streaming|oracle)",
+    r"test_host\.py::test_transfers_agree_bit_for_bit\[(h2o|infinigen)",
+    r"test_infinigen\.py::test_conforms\[.*-device",
+    r"test_infinigen\.py::test_what_is_read_is_what_the_oracle_says\[(llama-mha|qwen3)",
+    r"test_infinigen\.py::test_ample_has_the_logits.*\[opt|test_infinigen\.py::test_limited_pool_in_chunks",
+    r"test_host_pool\.py::test_greedy_tokens_survive.*\[(full|h2o|.*device|.*budget=0.3\)-jit)",
+    r"test_host_pool\.py::test_a_swapped_request.*budget=0.3\)",
+    r"test_engine\.py::test_greedy_tokens_are_those.*\[(.*-64|(oracle|streaming).*dense|h2o\(heavy=0\.1|.*decode=False)",
+    r"test_engine\.py::test_nothing_is_compiled_under_load\[h2o",
+    r"test_engine\.py::test_every_sample_is_a_request.*\[h2o",
+    r"test_generation\.py::test_row_alone_equals.*\[(streaming|h2o.*decode)",
+    r"test_generation\.py::test_pages_hold.*\[(streaming|.*-whole)",
+    r"test_generation\.py::test_bounded_chunks_are_exact.*True|test_generation\.py::test_faithful_chunks_change_nothing\[streaming",
+    r"test_speculation\.py::test_agrees_with_numpy\[(opt|.*union)|test_speculation\.py::test_measured_recorded",
+    r"test_host_driven\.py::test_driven_decodes.*\[(h2o|.*pool)",
+    r"test_infinigen_experiments\.py::test_(offload_times|a_document_that_is_fed|a_shared_prompt)",
+    r"test_run_load\.py::test_(trace_and_prompts|closed_loop)",
+)
+"""Further cells of a matrix, and checks whose subject others touch too: they take half of all the time and run in `make test-slow`."""
+
 BYTES = dataclasses.replace(
     BUNDLED["kvjax-1m"], name="bytes", hidden_size=64, intermediate_size=96, num_layers=2, head_dim=16, max_position=256
 )
@@ -27,6 +54,13 @@ OPT = dataclasses.replace(
 
 def random_model(config: ModelConfig, tokenizer=None) -> Model:
     return Model(config, parameters.random(config), tokenizer)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Marks what is `slow`."""
+    for item in items:
+        if any(re.search(pattern, item.nodeid) for pattern in FURTHER):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_sessionfinish(session) -> None:
