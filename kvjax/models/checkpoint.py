@@ -20,7 +20,7 @@ _SCALINGS = {"llama3": Llama3Scaling, "linear": LinearScaling}
 
 
 def save(path: str | os.PathLike, config: ModelConfig, params: parameters.Parameters) -> None:
-    """Writes `config` and `params`, in the dtype they have, to a new directory.
+    """Writes `config` and `params`, in the dtype they have, to a new directory; a guide that calibration has added is left out.
 
     Raises:
       ModelError: `path` exists already.
@@ -30,7 +30,7 @@ def save(path: str | os.PathLike, config: ModelConfig, params: parameters.Parame
         raise ModelError(f"{path} exists already; a checkpoint is written to a new directory")
     model = {"config": config_to_json(config), "dtype": params["params"]["embed"].dtype.name}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        items = ocp.args.Composite(model=ocp.args.JsonSave(model), params=ocp.args.StandardSave(params))
+        items = ocp.args.Composite(model=ocp.args.JsonSave(model), params=ocp.args.StandardSave({"params": params["params"]}))
         checkpointer.save(path, args=items)
 
 
