@@ -5,7 +5,7 @@ BIN := .venv/bin
 AOT := .venv-aot/bin
 MODEL ?= kvjax-4m
 
-.PHONY: run test test-slow test-kernels lint bench soak train aot environment
+.PHONY: run test test-slow test-kernels lint bench soak study train aot environment
 
 run: environment  ## compare four strategies on the bundled model
 	$(BIN)/python -m kvjax.run --compare=full,streaming,h2o,oracle_topk
@@ -31,6 +31,11 @@ bench: environment  ## speed beside transformers and llama.cpp
 
 soak: environment  ## thousands of requests at twice the sustainable rate, with cancellations and preemptions
 	$(BIN)/python -m experiments.load.soak
+
+study: environment  ## the study at its quick sizes: records, figures, STUDY.md and one page, in runs/study
+	$(BIN)/python -m experiments.study --quick --output_dir=runs/study
+	$(BIN)/python -m experiments.paper --results=runs/study
+	$(BIN)/python -m kvjax.report runs/study
 
 train: environment  ## train a bundled model: make train MODEL=kvjax-1m
 	$(BIN)/python -m kvjax.train --model=$(MODEL) --output_dir=runs/$(MODEL)

@@ -4,7 +4,8 @@
     python -m experiments.aot --quick               the short list; writes nothing unless --output_dir is given
     python -m experiments.aot --targets=h200 --operations=paged_attention --match='int8|statistics'
 
-Writes records.jsonl and aot.md as cases finish, into experiments/results/aot; cases not compiled now keep their records.
+Writes records.jsonl and aot.md as cases finish, into experiments/results/aot. A case that passed is not compiled again (--again does)
+unless its kernel, what all kernels share, or a compiler has changed since; such a record is dropped.
 
 Nothing runs: what is reported was said by the compilers. For a GPU kernel those are registers, spilled bytes and stack of a thread as
 ptxas gives them, shared memory from the kernel's own allocations, and the blocks that fit on a multiprocessor at once, a bound from those
@@ -22,6 +23,8 @@ os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
 import argparse
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import importlib
 import json
 import math
@@ -74,6 +77,7 @@ class Outcome:
     Attributes:
       temp: bytes XLA allocates beside arguments and results.
       read: bytes of keys and values the call has to read.
+      source: of what was compiled (`source_of`).
       error: why it failed, or None.
     """
 
@@ -83,6 +87,7 @@ class Outcome:
     case: str
     seconds: float
     read: int
+    source: str
     temp: int | None = None
     kernels: tuple[Kernel, ...] = ()
     error: str | None = None
@@ -97,14 +102,27 @@ def operations() -> dict[str, list[Case]]:
     return found
 
 
-def runs_on(case: Case, target: Target) -> bool:
-    return case.implementation == "xla" or case.implementation == ("mosaic_gpu" if target.platform == "gpu" else "mosaic_tpu")
+@functools.cache
+def source_of(operation: str) -> str:
+    """A fingerprint of an operation's code and of what all of them share, without their tests."""
+    base = pathlib.Path(kernels.__path__[0])
+    files = [path for path in (base / operation).iterdir() if path.suffix in (".py", ".json") and path.stem not in ("cases", "reference")]
+    shared = [base / f"{name}.py" for name in ("dispatch", "shapes", "targets", "tuned")]
+    found = hashlib.sha256()
+    for path in sorted(files) + shared:
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def runs_on(case: Case, target: str) -> bool:
+    """Whether a target, by name, has the implementation."""
+    return case.implementation in ("xla", "mosaic_gpu" if target == "h200" else "mosaic_tpu")
 
 
 def compile_case(operation: str, case: Case, target: Target, seen: dict[int, tuple[Kernel, ...]]) -> Outcome:
     """Compiles a case, and reads what the compilers report; `seen` holds the kernels of programs compiled before."""
     start = time.perf_counter()
-    outcome = Outcome(target.name, operation, case.implementation, case.name, 0.0, case.read)
+    outcome = Outcome(target.name, operation, case.implementation, case.name, 0.0, case.read, source_of(operation))
     try:
         with jax.set_mesh(target.mesh), captured_output() as output:
             traced = jax.jit(case.call).trace(target.abstract(case.arguments))
@@ -242,13 +260,14 @@ def compiled_table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def report(outcomes: Sequence[Outcome]) -> str:
-    """The record as a page."""
+def report(outcomes: Sequence[Outcome], listed: int) -> str:
+    """The record as a page; `listed` cases there are in all."""
     failed = [outcome for outcome in outcomes if outcome.error]
     passed = [outcome for outcome in outcomes if not outcome.error]
     parts = [
         "# Kernels compiled for devices that were not there",
-        f"{len(passed)} of {len(outcomes)} cases compiled as they should; nothing was run. Versions: "
+        f"{len(passed)} of {listed} cases compiled as they should, {len(failed)} failed, {listed - len(outcomes)} were not tried; "
+        "nothing was run. Versions: "
         + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
     ]  # fmt: skip
     if failed:
@@ -265,28 +284,29 @@ def key(outcome: Outcome) -> tuple[str, ...]:
 
 
 def read_records(folder: pathlib.Path | None, listed: dict[str, list[Case]]) -> dict[tuple[str, ...], Outcome]:
-    """What earlier runs found of cases that are still listed."""
+    """What earlier runs found of cases that are still listed, with this code and these compilers."""
     if folder is None or not (folder / "records.jsonl").exists():
         return {}
     names = {(operation, case.implementation, case.name) for operation, cases in listed.items() for case in cases}
     found = {}
     for text in (folder / "records.jsonl").read_text().splitlines():
         record = json.loads(text)
-        del record["versions"]
+        if record.pop("versions") != versions() or record.get("source") != source_of(record["operation"]):
+            continue
         outcome = Outcome(**record | {"kernels": tuple(Kernel(**kernel) for kernel in record["kernels"])})
         if key(outcome)[1:] in names:
             found[key(outcome)] = outcome
     return found
 
 
-def write_records(folder: pathlib.Path | None, found: dict[tuple[str, ...], Outcome]) -> None:
+def write_records(folder: pathlib.Path | None, found: dict[tuple[str, ...], Outcome], listed: int) -> None:
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = [found[at] for at in sorted(found)]
     records = (json.dumps(dataclasses.asdict(outcome) | {"versions": versions()}) for outcome in outcomes)
     (folder / "records.jsonl").write_text("\n".join(records) + "\n")
-    (folder / "aot.md").write_text(report(outcomes))
+    (folder / "aot.md").write_text(report(outcomes, listed))
 
 
 def find_compilers() -> None:
@@ -302,6 +322,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--targets", default=",".join(targets.TARGETS), help="of " + ", ".join(targets.TARGETS))
     parser.add_argument("--operations", default="", help="only these, comma-separated")
     parser.add_argument("--match", default="", help="only cases whose name this regular expression finds")
+    parser.add_argument("--again", action="store_true", help="compile what is recorded, too")
     parser.add_argument("--output_dir", default=None, help="where records go; default experiments/results/aot, with --quick nowhere")
     args = parser.parse_args(argv)
     find_compilers()
@@ -313,6 +334,7 @@ def main(argv: Sequence[str]) -> int:
     listed = operations()
     output = pathlib.Path(args.output_dir) if args.output_dir else (None if args.quick else RESULTS)
     kept = read_records(output, listed)
+    every = sum(runs_on(case, target) for cases in listed.values() for case in cases for target in targets.TARGETS)
     outcomes: list[Outcome] = []
     seen: dict[int, tuple[Kernel, ...]] = {}
     for operation, cases in listed.items():
@@ -320,12 +342,16 @@ def main(argv: Sequence[str]) -> int:
             continue
         for target in chosen:
             for case in cases:
-                if not runs_on(case, target) or (args.quick and not case.quick) or not re.search(args.match, case.name):
+                if not runs_on(case, target.name) or (args.quick and not case.quick) or not re.search(args.match, case.name):
+                    continue
+                before = kept.get((target.name, operation, case.implementation, case.name))
+                if before is not None and before.error is None and not args.again:
+                    outcomes.append(before)
                     continue
                 outcomes.append(compile_case(operation, case, target, seen))
                 print(line(outcomes[-1]), flush=True)
                 kept[key(outcomes[-1])] = outcomes[-1]
-                write_records(output, kept)
+                write_records(output, kept, every)
     failed = sum(outcome.error is not None for outcome in outcomes)
     print(f"{len(outcomes) - failed} of {len(outcomes)} cases compiled as they should")
     return 1 if failed or not outcomes else 0

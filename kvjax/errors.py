@@ -18,3 +18,7 @@ class ModelError(KvjaxError):
 
 class InputError(KvjaxError, ValueError):
     """Tokens, prompts or lengths that the model cannot take."""
+
+
+class MemoryLimitError(InputError):
+    """Something that does not fit into the memory it was given."""

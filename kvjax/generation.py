@@ -22,6 +22,7 @@ from kvjax import host_driven
 from kvjax.cache import CacheShape, Decode, KVState, Ledger, Prefill, Strategy, ledger, parse_strategy
 from kvjax.errors import InputError, SpecError
 from kvjax.host_driven import is_driven
+from kvjax.kernels.dispatch import current_device
 from kvjax.models import Decoder, Model
 from kvjax.models.guide import Guide, guides
 from kvjax.sampling import Sampling
@@ -196,7 +197,8 @@ def score(
 
 
 def as_strategy(strategy: str | Strategy) -> Strategy:
-    return parse_strategy(strategy) if isinstance(strategy, str) else strategy
+    """The strategy that is meant, over the store that this machine's device computes with: where every entry point begins."""
+    return (parse_strategy(strategy) if isinstance(strategy, str) else strategy).native(current_device())
 
 
 def encode(model: Model, prompts: Prompts) -> tuple[Int[np.ndarray, "B N"], Int[np.ndarray, " B"]]:

@@ -49,6 +49,7 @@ from kvjax.errors import InputError, KvjaxError, SpecError
 from kvjax.generation import PREFILL_MODES, PrefillPlan, check_positions, generate
 from kvjax.models import Model, load_model
 from kvjax.quality import recall
+from kvjax.quality.speculation import audit_some
 from kvjax.report import plots, profile, table
 from kvjax.report import record as records
 from kvjax.sampling import Sampling
@@ -237,12 +238,15 @@ def run_load(
                 progress.update(task, completed=ended, description=f"{name}: serving {running}")  # noqa: B023
 
             service = serve.serve(engine, requests, max_concurrency=FLAGS.max_concurrency, progress=report)
-        found.append(records.load_record(service, engine, model, requests, options, goodput, FLAGS.max_concurrency is not None))
+            progress.update(task, description=f"{name}: judging guesses")
+            guesses = judged(service, engine) if service.complete else {}
+        record = records.load_record(service, engine, model, requests, options, goodput, FLAGS.max_concurrency is not None)
+        found.append(record | guesses)
         services.append(service)
         if not service.complete:
             break
         if profile_dir is not None:
-            profile_load(profile_dir, engine, requests, console)
+            found[-1] |= profile_load(profile_dir, engine, requests, console)
         del engine
     table.show(found, console)
     complete = all(service.complete for service in services)
@@ -254,6 +258,15 @@ def run_load(
         console.print(f"wrote record.json, requests.jsonl, series.jsonl and load.png to {output_dir}", highlight=False)
     if not complete:
         sys.exit(130)
+
+
+def judged(service: serve.Service, engine: Engine) -> dict[str, Any]:
+    """How good the guesses of a policy that speculates are on what was served; empty for another."""
+    if not engine.strategy.policy.speculates:
+        return {}
+    served = [(one.request.prompt, one.tokens) for one in service.served if one.completed]
+    guesses = audit_some(engine.model, engine.strategy, served)
+    return {} if guesses is None else guesses.record()
 
 
 def make_load(model: Model) -> load.Load:
@@ -301,24 +314,27 @@ def parse_ramp(text: str | None) -> load.Ramp | None:
     return load.Ramp(kind, start, end)  # type: ignore[arg-type]
 
 
-def profile_load(parent: pathlib.Path, engine: Engine, requests: load.Load, console: Console) -> None:
-    """A trace of the engine serving the first few requests, all at once, and the time its scopes took."""
+def profile_load(parent: pathlib.Path, engine: Engine, requests: load.Load, console: Console) -> dict[str, Any]:
+    """A trace of the engine serving the first few requests, all at once, and the times in it that go into the record."""
     few = dataclasses.replace(requests, requests=tuple(dataclasses.replace(r, arrival=0.0) for r in requests.requests[:8]))
     directory = parent / engine.strategy.describe().replace(",", "_")
     with profile.trace(directory):
         serve.serve(engine, few)
-    show_profile(directory, engine.strategy, console)
+    return show_profile(directory, engine.strategy, console)
 
 
-def show_profile(directory: pathlib.Path, strategy: Strategy, console: Console) -> None:
+def show_profile(directory: pathlib.Path, strategy: Strategy, console: Console) -> dict[str, Any]:
+    """Prints the times of a trace; returns those that go into a record, of fetching."""
     console.print(f"\ntrace of {strategy.describe()} in {directory} (TensorBoard, XProf or Perfetto open it)", highlight=False)
     for scope, spent in profile.scope_times(directory).items():
         console.print(f"  {scope:<24}{1e3 * spent.seconds:>10.2f} ms in {spent.events} instructions", highlight=False)
-    if isinstance(strategy.store, HostStore):
-        hidden = profile.hidden_fraction(directory)
-        share = "" if hidden.fraction is None else f", {100 * hidden.fraction:.1f} % of it while other work ran"
-        link = " (on a CPU the link is a copy in memory, and shares the cores)" if jax.default_backend() == "cpu" else ""
-        console.print(f"  fetching{1e3 * hidden.seconds:>26.2f} ms by the clock{share}{link}", highlight=False)
+    if not isinstance(strategy.store, HostStore):
+        return {}
+    hidden = profile.hidden_fraction(directory)
+    share = "" if hidden.fraction is None else f", {100 * hidden.fraction:.1f} % of it while other work ran"
+    link = " (on a CPU the link is a copy in memory, and shares the cores)" if jax.default_backend() == "cpu" else ""
+    console.print(f"  fetching{1e3 * hidden.seconds:>26.2f} ms by the clock{share}{link}", highlight=False)
+    return {"fetch_seconds": hidden.seconds, "fetch_hidden_fraction": hidden.fraction}
 
 
 def run_offline(
@@ -384,9 +400,7 @@ def profile_strategies(
         generate(prepared, prompts, strategy=strategy, steps_per_call=steps, **settings)
         with profile.trace(directory):
             generate(prepared, prompts, strategy=strategy, steps_per_call=steps, **settings)
-        show_profile(directory, strategy, console)
-        hidden = profile.hidden_fraction(directory) if hosted else None
-        found.append({} if hidden is None else {"fetch_seconds": hidden.seconds, "fetch_hidden_fraction": hidden.fraction})
+        found.append(show_profile(directory, strategy, console))
     return found
 
 

@@ -39,7 +39,7 @@ FURTHER = (
     r"test_speculation\.py::test_agrees_with_numpy\[(opt|.*union)|test_speculation\.py::test_measured_recorded",
     r"test_host_driven\.py::test_driven_decodes.*\[(h2o|.*pool)",
     r"test_infinigen_experiments\.py::test_(offload_times|a_document_that_is_fed|a_shared_prompt)",
-    r"test_run_load\.py::test_(trace_and_prompts|closed_loop)",
+    r"test_run_load\.py::test_(trace_and_prompts|closed_loop|guesses_under_load)",
 )
 """Further cells of a matrix, and checks whose subject others touch too: they take half of all the time and run in `make test-slow`."""
 

@@ -135,3 +135,17 @@ def test_trace_and_prompts_from_files(invoke, tmp_path):
     prompts.write_text(json.dumps({"prompt": "import os\n", "max_tokens": 3}) + "\n" + json.dumps({"prompt_token_ids": [1, 2, 3]}) + "\n")
     invoke(*ENGINE, "--strategy=vllm", f"--prompts={prompts}", "--output_len=5", f"--output_dir={tmp_path / 'b'}")
     assert [(r["input_len"], r["output_len"]) for r in read(tmp_path / "b" / "requests.jsonl")] == [(10, 3), (3, 5)]
+
+
+def test_guesses_under_load_are_judged_and_traced(invoke, tmp_path):
+    few = [*ENGINE, "--num_prompts=3", "--input_len=40", "--output_len=6"]
+    printed = invoke(
+        *few, "--strategy=infinigen", "--request_rate=inf", f"--output_dir={tmp_path / 'out'}", f"--profile_dir={tmp_path / 'trace'}"
+    )
+    for words in ("speculation (guess against the truth)", "attention mass covered", "moved from host per token", "fetching"):
+        assert words in printed
+    (record,) = read(tmp_path / "out" / "record.json")
+    assert 0 < record["speculation_precision"] <= 1
+    assert 0 < record["speculation_mass_covered"] <= 1
+    assert 0 <= record["fetch_hidden_fraction"] <= 1
+    assert record["kv_bytes_moved_per_token"] > 0

@@ -21,8 +21,8 @@ import numpy as np
 import kvjax
 from experiments.bench.peers import prompts
 from experiments.bench.timing import Sample
-from kvjax.cache import Strategy, parse_strategy
-from kvjax.generation import decode_steps, first_token, run_prefill
+from kvjax.cache import Strategy
+from kvjax.generation import as_strategy, decode_steps, first_token, run_prefill
 from kvjax.models import Model
 from kvjax.models.hugging_face import save_directory
 from kvjax.models.parameters import map_with_path
@@ -83,7 +83,7 @@ class Decode:
 
     def __init__(self, source: Prompts, name: str, batch: int, context: int):
         self.name, self.batch, self.context = name, batch, context
-        self.strategy = parse_strategy(STRATEGIES[name])
+        self.strategy = as_strategy(STRATEGIES[name])
         self.pid = os.getpid()
         self._source = source
         self._run = self._step_by_step if name == "kvjax-step" else self._at_once
@@ -123,7 +123,7 @@ class Prefill:
 
     def __init__(self, source: Prompts, name: str, batch: int, context: int):
         self.name, self.batch, self.context = name, batch, context
-        self.strategy = parse_strategy(STRATEGIES[name])
+        self.strategy = as_strategy(STRATEGIES[name])
         self.pid = os.getpid()
         self._source = source
         self._tokens, self._lengths = source.tokens(batch, context)

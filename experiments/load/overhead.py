@@ -25,10 +25,9 @@ from absl import app, flags, logging
 from rich.console import Console
 
 import kvjax
-from kvjax.cache import parse_strategy
 from kvjax.engine import programs
 from kvjax.engine.engine import Engine
-from kvjax.generation import decode_steps, run_prefill
+from kvjax.generation import as_strategy, decode_steps, run_prefill
 from kvjax.report.record import setting
 
 FLAGS = flags.FLAGS
@@ -47,7 +46,7 @@ def define_flags() -> None:
 
 def bare(model: kvjax.Model, spec: str, prompts: np.ndarray) -> Callable[[], list[float]]:
     """A sampler of the bare decode loop: seconds of every step."""
-    strategy = parse_strategy(spec)
+    strategy = as_strategy(spec)
     lengths = np.full(len(prompts), prompts.shape[1], np.int32)
     reserve = FLAGS.steps * (FLAGS.rounds + 2)
     logits, kv = run_prefill(model, strategy, prompts, lengths, reserve)

@@ -13,7 +13,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-BLOCK_BYTES = 16 * 1024
+from .. import tuned
+from ..dispatch import current_device
+
+BLOCK_BYTES = 16 * 1024  # where nothing else was tuned
 TRANSFER_BYTES = 4096
 WIDTH = 256  # elements of the innermost dimension of a transfer, at most
 ROWS = 64  # transfers of a block, at most
@@ -39,12 +42,19 @@ def transfer_shape(width: int, itemsize: int) -> tuple[int, int]:
     return max(n for n in range(1, min(total, most) + 1) if total % n == 0), elements
 
 
-def gather_rows(pool, index):
-    """Arguments and results as in api.py."""
+def tuning_key(bytes_of_a_row: int) -> str:
+    """What the best block depends on."""
+    return f"row{tuned.bucket(bytes_of_a_row)}B"
+
+
+def gather_rows(pool, index, block_bytes: int | None = None):
+    """Arguments and results as in api.py; `block_bytes` forces how much a block copies."""
     height, width = pool.shape[0], math.prod(pool.shape[1:])
+    key = tuning_key(width * pool.dtype.itemsize)
+    block_bytes = block_bytes or tuned.find("gather", current_device().kind, key).get("block_bytes", BLOCK_BYTES)
     lines, elements = transfer_shape(width, pool.dtype.itemsize)
     parts = width // (lines * elements)  # transfers of a row
-    rows = max(1, min(ROWS, BLOCK_BYTES // (lines * elements * pool.dtype.itemsize)))
+    rows = max(1, min(ROWS, block_bytes // (lines * elements * pool.dtype.itemsize)))
     rows = 2 ** int(math.log2(rows))
     transfers = len(index) * parts
     blocks = -(-transfers // rows)

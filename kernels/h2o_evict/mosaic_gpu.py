@@ -17,10 +17,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .. import tuned
+from ..dispatch import current_device
 from .base import Attention, H2OCache, Token
 
 SPAN = 1024
-"""Slots visited at a time: eight of each array a thread, which fits its registers."""
+"""Slots visited at a time: eight of each array a thread, which fits its registers. Where nothing else was tuned."""
 
 LANES = 128
 
@@ -37,9 +39,18 @@ def supports(cache: H2OCache, attention: Attention | None, token: Token | None, 
     return None
 
 
-def h2o_evict(cache: H2OCache, attention: Attention | None, token: Token | None, length, budget, recent, active):
-    """See api.py."""
-    batch, heads, _ = cache.position.shape
+def tuning_key(group: int, capacity: int) -> str:
+    """What the best span depends on; the group is 0 where no attention is accounted for."""
+    return f"g{group} slots{tuned.bucket(capacity)}"
+
+
+def h2o_evict(
+    cache: H2OCache, attention: Attention | None, token: Token | None, length, budget, recent, active, span: int | None = None
+):  # fmt: skip
+    """See api.py; `span` forces how many slots are visited at a time."""
+    batch, heads, capacity = cache.position.shape
+    key = tuning_key(0 if attention is None else attention.logits.shape[2], capacity)
+    span = span or tuned.find("h2o_evict", current_device().kind, key).get("span", SPAN)
     settings = jnp.stack([length, budget, recent, active.astype(length.dtype)], -1).astype(jnp.int32)
     inputs: dict[str, Any] = dict(settings=settings)
     refs: dict[str, Any] = dict(position=jax.new_ref(cache.position), score=jax.new_ref(cache.score))
@@ -54,7 +65,7 @@ def h2o_evict(cache: H2OCache, attention: Attention | None, token: Token | None,
     names = [*inputs, *refs, "slot"]
 
     def body(*arrays, **scratch):
-        _body(**dict(zip(names, arrays, strict=True)), **scratch)
+        _body(**dict(zip(names, arrays, strict=True)), **scratch, span=span)
 
     slot = plgpu.kernel(
         body,
@@ -69,7 +80,7 @@ def h2o_evict(cache: H2OCache, attention: Attention | None, token: Token | None,
 
 def _body(
     settings, position, score, slot, logits=None, lse=None, block_tables=None, k=None, v=None, k_pages=None, v_pages=None, k_smem=None,
-    v_smem=None, arrived=None,
+    v_smem=None, arrived=None, span=SPAN,
 ):  # fmt: skip
     row, head = lax.axis_index("row"), lax.axis_index("head")
     at = (row, head)
@@ -81,9 +92,9 @@ def _body(
             plgpu.copy_gmem_to_smem(k.at[at], k_smem, arrived)
             plgpu.copy_gmem_to_smem(v.at[at], v_smem, arrived)
         capacity = position.shape[-1]
-        ends = (capacity // SPAN * SPAN, capacity)
+        ends = (capacity // span * span, capacity)
         parts = [
-            _visit(position.at[at], score, logits, lse, at, length - recent, start, end)
+            _visit(position.at[at], score, logits, lse, at, length - recent, start, end, span)
             for start, end in ((0, ends[0]), (ends[0], ends[1]))
             if end > start
         ]
@@ -114,9 +125,9 @@ def _body(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _visit(position, score, logits, lse, at, protected_from, start: int, end: int):
+def _visit(position, score, logits, lse, at, protected_from, start: int, end: int, span: int):
     """Of slots start to end, after adding the mass: the worst token (score, position, slot), how many there are, the lowest free slot."""
-    span = min(SPAN, end - start)
+    span = min(span, end - start)
     none = jnp.zeros((span,), jnp.int32)
     normalisers = [] if lse is None else [lse[*at, g] for g in range(lse.shape[-1])]
 

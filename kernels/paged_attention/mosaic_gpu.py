@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import dispatch
+from .. import dispatch, tuned
 from .reference import NEG_INF
 from .xla import seen_slots
 
@@ -74,24 +74,34 @@ def supports(q, k_pages, v_pages, block_tables, lengths, *, visible=None, k_scal
     return None
 
 
-def tiling(batch: int, kv_heads: int, capacity: int, dim: int, itemsize: int, cores: int) -> Tiling:
-    """Enough splits to fill the card if all rows were full, and for rows that are much longer than the others."""
+def tiling(batch: int, kv_heads: int, capacity: int, dim: int, itemsize: int, cores: int, device: str = "") -> Tiling:
+    """What was tuned for the device; else enough splits to fill the card with full rows, or for rows much longer than the others."""
     stage = 2 * TILE * dim * itemsize
     stages = max(1, min(4, HALF // stage if 2 * stage <= HALF else (SHARED_MEMORY - 48 * 1024) // stage))
     wanted = max(2 * cores // (batch * kv_heads), math.ceil(capacity / LONGEST_SPLIT))
-    return Tiling(splits=max(1, min(wanted, math.ceil(capacity / (MIN_TILES * TILE)))), stages=stages)
+    rule = Tiling(splits=max(1, min(wanted, math.ceil(capacity / (MIN_TILES * TILE)))), stages=stages)
+    return dataclasses.replace(rule, **tuned.find("paged_attention", device, tuning_key(batch * kv_heads, capacity, dim, itemsize)))
 
 
-def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None, k_scales=None, v_scales=None, scale, statistics=False):
-    """Arguments and results as in api.py, tables `[B, h, T]`."""
+def tuning_key(rows: int, capacity: int, dim: int, itemsize: int) -> str:
+    """What the best tiling depends on; `rows` are rows times kv heads."""
+    return f"rows{tuned.bucket(rows)} slots{tuned.bucket(capacity)} d{dim} {itemsize}B"
+
+
+def paged_attention(
+    q, k_pages, v_pages, block_tables, lengths, *, visible=None, k_scales=None, v_scales=None, scale, statistics=False,
+    config: Tiling | None = None,
+):  # fmt: skip
+    """Arguments and results as in api.py, tables `[B, h, T]`; `config` forces a tiling."""
     batch, heads, dim = q.shape
     page_heads, page_size = k_pages.shape[1:3]
     table_heads, capacity = block_tables.shape[1], block_tables.shape[2] * page_size
     kv_heads = table_heads * page_heads
     group = heads // kv_heads
     padded_group, padded = _up(group, 8), _up(capacity, TILE)
-    cores = dispatch.current_device().cores or DEFAULT_CORES
-    chosen = tiling(batch, kv_heads, capacity, dim, k_pages.dtype.itemsize, cores)
+    device = dispatch.current_device()
+    sizes = (batch, kv_heads, capacity, dim, k_pages.dtype.itemsize)
+    chosen = config or tiling(*sizes, device.cores or DEFAULT_CORES, device.kind)
     splits, stages = chosen.splits, chosen.stages
     quantized, exact = k_scales is not None, q.dtype == jnp.float32
     compute = jnp.dtype(jnp.bfloat16) if exact else q.dtype

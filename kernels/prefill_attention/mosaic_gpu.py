@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .. import tuned
 from ..dispatch import current_device
 from .base import LOG2E, NEG_INF, padded
 
@@ -65,11 +66,17 @@ CONFIGS = (Config(4, 128, 3), Config(2, 128, 3), Config(2, 128, 2), Config(1, 12
 """From the one that reads queries least often to the one that makes the most blocks."""
 
 
-def config_for(batch: int, kv_heads: int, length: int, dim: int, cores: int) -> Config:
-    """The first that fits and gives every multiprocessor a block; where none does, the one that makes the most."""
+def config_for(batch: int, kv_heads: int, length: int, dim: int, cores: int, device: str = "") -> Config:
+    """What was tuned for the device; else the first that fits and gives every multiprocessor a block, or the one that makes the most."""
     fitting = [config for config in CONFIGS if config.shared_memory(dim) <= SHARED_MEMORY]
     busy = [config for config in fitting if batch * kv_heads * pl.cdiv(length, config.keys) >= cores]
-    return (busy or fitting[-1:])[0]
+    rule = (busy or fitting[-1:])[0]
+    return dataclasses.replace(rule, **tuned.find("prefill_attention", device, tuning_key(batch * kv_heads, length, dim)))
+
+
+def tuning_key(rows: int, length: int, dim: int) -> str:
+    """What the best tiles of column mass depend on; `rows` are rows times kv heads."""
+    return f"column_mass rows{tuned.bucket(rows)} keys{tuned.bucket(length)} d{dim}"
 
 
 def supports(q, k, lse, start, count, scale: float) -> str | None:
@@ -96,7 +103,8 @@ def column_mass(q, k, lse, start, count, scale: float, config: Config | None = N
     """See api.py."""
     batch, _, heads, dim = q.shape
     length, kv_heads = k.shape[1:3]
-    config = config or config_for(batch, kv_heads, length, dim, current_device().cores or 132)
+    device = current_device()
+    config = config or config_for(batch, kv_heads, length, dim, device.cores or 132, device.kind)
     q, lse = padded(q, 1, config.queries), padded(lse * LOG2E, 2, config.queries)
     k = padded(k, 1, config.keys)
     tiles = _tiled(dim, q.dtype)
@@ -189,19 +197,26 @@ KEYS = 64
 """Of a tile, in attention; with 128 the tile's scores and probabilities do not fit the registers beside two [64, 128] of the output."""
 
 STAGES = 3
-"""Tiles of keys and values under way, in attention."""
+"""Tiles of keys and values under way, in attention, where nothing else was tuned."""
 
 
-def prefill_attention(q, k, v, start, count, scale: float):
-    """See api.py."""
+def attention_key(dim: int) -> str:
+    """What the best number of stages depends on."""
+    return f"attention d{dim}"
+
+
+def prefill_attention(q, k, v, start, count, scale: float, stages: int | None = None):
+    """See api.py; `stages` forces how many tiles are under way."""
     batch, size, heads, dim = q.shape
+    tuned_fields = tuned.find("prefill_attention", current_device().kind, attention_key(dim))
+    stages = stages or tuned_fields.get("stages", STAGES)
     tiles, wide = _tiled(dim, q.dtype), _tiled(KEYS, q.dtype)
     q, k, v = padded(q, 1, WARPGROUPS * HEIGHT), padded(k, 1, KEYS), padded(v.astype(q.dtype), 1, KEYS)
 
     def body(q, k, v, settings, out, lse, **scratch):
         _attention(q, k, v, settings, out, lse, scale * LOG2E, **scratch)
 
-    ring: Any = plgpu.SMEM((STAGES, KEYS, dim), q.dtype, transforms=tiles)
+    ring: Any = plgpu.SMEM((stages, KEYS, dim), q.dtype, transforms=tiles)
     out, lse = plgpu.kernel(
         body,
         out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, heads, q.shape[1]), jnp.float32)),
@@ -212,8 +227,8 @@ def prefill_attention(q, k, v, start, count, scale: float):
             p_smem=plgpu.SMEM((WARPGROUPS, HEIGHT, KEYS), q.dtype, transforms=wide),
             lse_smem=plgpu.SMEM((WARPGROUPS, HEIGHT), jnp.float32),
             q_here=plgpu.Barrier(num_barriers=WARPGROUPS),
-            kv_here=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            kv_done=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
+            kv_here=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            kv_done=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
             clean=plgpu.Barrier(num_arrivals=WARPGROUPS),
         ),
         grid=(q.shape[1] // (WARPGROUPS * HEIGHT), heads, batch),
@@ -230,7 +245,7 @@ def _attention(
     q, k, v, settings, out, lse, scale: float, q_smem, k_smem, v_smem, p_smem, lse_smem, q_here, kv_here, kv_done, clean
 ):  # fmt: skip
     row, head, warpgroup = (lax.axis_index(name) for name in ("row", "head", "warpgroup"))
-    start, count, dim = settings[row, 0], settings[row, 1], q.shape[3]
+    start, count, dim, stages = settings[row, 0], settings[row, 1], q.shape[3], k_smem.shape[0]
     kv_head = lax.div(head, q.shape[2] // k.shape[2])
     block = q.shape[1] // (WARPGROUPS * HEIGHT) - 1 - lax.axis_index("queries")  # the longest come first
     first = block * (WARPGROUPS * HEIGHT)
@@ -240,7 +255,7 @@ def _attention(
     full = jnp.minimum(lax.div(start + first + 1, KEYS), steps)  # tiles that every query of the block sees all of
 
     def fetch(step):
-        slot, here = lax.rem(step, STAGES), _span(step, KEYS)
+        slot, here = lax.rem(step, stages), _span(step, KEYS)
         plgpu.copy_gmem_to_smem(k.at[row, here, kv_head], k_smem.at[slot], kv_here.at[slot])
         plgpu.copy_gmem_to_smem(v.at[row, here, kv_head], v_smem.at[slot], kv_here.at[slot])
 
@@ -248,7 +263,7 @@ def _attention(
 
     @pl.when(warpgroup == 0)
     def _():
-        for step in range(STAGES):
+        for step in range(stages):
             pl.when(step < steps)(functools.partial(fetch, jnp.int32(step)))
 
     plgpu.barrier_wait(q_here.at[warpgroup])
@@ -267,8 +282,8 @@ def _attention(
 
     def visit(step, carry, masked: bool):
         highest, total, weighted = carry
-        slot = lax.rem(step, STAGES)
-        _refill(step, steps, STAGES, warpgroup, kv_done, fetch)
+        slot = lax.rem(step, stages)
+        _refill(step, steps, stages, warpgroup, kv_done, fetch)
         plgpu.barrier_wait(kv_here.at[slot])
         if masked:
             pl.when(end < (step + 1) * KEYS)(lambda: wipe(slot, end - step * KEYS))

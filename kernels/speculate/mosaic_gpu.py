@@ -1,4 +1,4 @@
-"""Speculation on Hopper: one pass over the partial keys, a block of 128 threads for every row, kv head and SPAN slots.
+"""Speculation on Hopper: one pass over the partial keys, a block of 128 threads for every row, kv head and span of slots.
 
 A thread owns slots and walks down their dims, with one multiply-add per query head of the group: for G query heads that is G of them a
 number read, far from a tensor core's tile of 64 and fast enough for G up to 8 (a number of 2 bytes allows for 7 multiply-adds at 4.8 TB/s
@@ -6,21 +6,42 @@ on 132 multiprocessors). It writes the joined logits, 4 bytes a slot where it re
 maximum of all blocks and choosing is left to XLA (`base.select`), which reads those 4 bytes.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .. import tuned
+from ..dispatch import current_device
 from .base import Speculation, select
 
-SPAN = 512
-"""Slots of a block."""
-
-TOGETHER = 8
-"""Dims whose loads are under way at a time."""
-
 LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a block does.
+
+    Attributes:
+      span: its slots; halved until it divides a row.
+      together: dims whose loads are under way at a time.
+    """
+
+    span: int = 512
+    together: int = 8
+
+
+def config_for(group: int, dim: int, device: str) -> Config:
+    """What was tuned for the device, else the one above."""
+    return Config(**tuned.find("speculate", device, tuning_key(group, dim)))
+
+
+def tuning_key(group: int, dim: int) -> str:
+    """What the best configuration depends on; `dim` is that of the partial keys."""
+    return f"g{group} d{dim}"
 
 
 def supports(q, partial_keys, visible, cap, alpha: float, limit: int) -> str | None:
@@ -33,17 +54,20 @@ def supports(q, partial_keys, visible, cap, alpha: float, limit: int) -> str | N
     return None
 
 
-def speculate(q, partial_keys, visible, cap, alpha: float, limit: int) -> Speculation:
+def speculate(q, partial_keys, visible, cap, alpha: float, limit: int, config: Config | None = None) -> Speculation:
     """See api.py."""
-    logits, maximum = _guess(q, partial_keys, visible)
+    config = config or config_for(q.shape[2], q.shape[3], current_device().kind)
+    logits, maximum = _guess(q, partial_keys, visible, config)
     return select(logits, maximum.max(-1), cap, alpha, limit)
 
 
-def _guess(q, partial_keys, visible):
+def _guess(q, partial_keys, visible, config: Config):
     """The joined logits [B, Hkv, C], -inf where not visible, and their maximum over each span [B, Hkv, C / span]."""
     batch, heads, dim, capacity = partial_keys.shape
     group = q.shape[2]
-    span = next(span for span in (SPAN, 256, LANES) if capacity % span == 0)
+    span, together = config.span, config.together
+    while capacity % span:
+        span //= 2
     q = jnp.pad(q.astype(jnp.float32), ((0, 0), (0, 0), (0, 0), (0, -dim % 4)))  # a bulk copy moves multiples of 16 bytes
 
     def body(q, partial_keys, visible, logits, maximum, q_smem, arrived):
@@ -59,9 +83,9 @@ def _guess(q, partial_keys, visible):
             return products
 
         products = [jnp.zeros((span,), jnp.float32)] * group
-        whole = dim // TOGETHER
-        products = lax.fori_loop(0, whole, lambda i, products: add(i * TOGETHER, products, TOGETHER), products)
-        products = add(whole * TOGETHER, products, dim % TOGETHER)
+        whole = dim // together
+        products = lax.fori_loop(0, whole, lambda i, products: add(i * together, products, together), products)
+        products = add(whole * together, products, dim % together)
         joined = products[0]
         for product in products[1:]:
             joined = jnp.maximum(joined, product)

@@ -9,6 +9,12 @@ from jaxtyping import Array, Bool, Float, Int
 GroupMass = Callable[[Float[Array, "... G Q K"], Float[Array, "... G Q"]], Float[Array, "... K"]]
 """Policy.group_mass: unnormalised weights and the factor of each query -> attention mass per key."""
 
+
+def summed_mass(weights: Float[Array, "... G Q K"], scale: Float[Array, "... G Q"]) -> Float[Array, "... K"]:
+    """The attention mass of every key, summed over queries and the query heads of its kv head: a GroupMass, the one that kernels know."""
+    return jnp.einsum("...gqc,...gq->...c", weights, scale)
+
+
 NEG_INF = -1e30  # finite, so that a row with nothing to see gives a uniform softmax and not NaN
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache.state import KVState, LayerState
-from kvjax.cache.stores import HostLayer, HostStore, PageTable
+from kvjax.cache.stores import HostLayer, HostStore, PagedStore, PageTable, Store
 from kvjax.cache.strategy import Strategy
 
 
@@ -97,7 +97,7 @@ def ledger(strategy: Strategy, kv: KVState, transient: int | None = None) -> Led
         heads, token_bytes = strategy.store.token_bytes(layer.store, batch)
         kept = kept_tokens(layer, kv, heads)
         live += kept * token_bytes
-        in_use += _slots_in_use(layer, kv) * heads * token_bytes
+        in_use += _slots_in_use(strategy.store, layer, kv) * heads * token_bytes
         logical += seen * heads * token_bytes
         slots_kept += kept
         slots_seen += seen * heads
@@ -146,11 +146,12 @@ def traffic_bytes(store: HostStore, layer: LayerState, batch: int) -> float:
     return moved * token_bytes / decoded if decoded else 0.0
 
 
-def _slots_in_use(layer: LayerState, kv: KVState) -> int:
+def _slots_in_use(store: Store, layer: LayerState, kv: KVState) -> int:
     """Slots of the pages that hold at least one token; 0 without pages."""
     if not isinstance(kv.shared, PageTable):
         return 0
-    size = layer.store.k[0].shape[-1]
+    assert isinstance(store, PagedStore)
+    size = store.page_size
     if layer.position is None:
         return int((-(-np.asarray(kv.length) // size)).sum()) * size
     held = np.asarray(layer.position) >= 0

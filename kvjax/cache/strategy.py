@@ -22,20 +22,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache.attention import chunk_attention, prompt_attention
+from kvjax.cache.attention import GroupMass, chunk_attention, prompt_attention, summed_mass
 from kvjax.cache.policies import Policy, Slots
 from kvjax.cache.state import CacheShape, KVState, LayerState
-from kvjax.cache.stores import DenseStore, HostLayer, HostStore, Store
+from kvjax.cache.stores import DenseStore, HostLayer, HostStore, KernelDenseStore, KernelHostStore, KernelStore, Store, native_store
 from kvjax.cache.stores.dense import select_rows
+from kvjax.cache.stores.kernels import attend_prompt
 from kvjax.errors import InputError, SpecError
+from kvjax.kernels.dispatch import Device
+from kvjax.kernels.speculate import speculate
 
 ALIASES = {"vllm": ("full", "paged"), "offload": ("full", "host")}
 """Names for a policy in a store."""
 
 NO_GUIDE = "guesses the next layer's queries, which takes a calibrated model: pass it through kvjax.calibrated(model, strategy) first"
-
-STAGING = DenseStore()
-"""Where a prompt stands that comes in chunks and is compressed once it is complete."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,18 @@ class Strategy:
                 f"{self.policy.describe()} fetches the tokens it has chosen from a {self.policy.home} store; the {self.store.name} store "
                 f"has nothing to fetch from (--store={self.policy.home}; with --transfer=device its pool is device memory)"
             )
+
+    def native(self, device: Device) -> "Strategy":
+        """This strategy over the store that a device computes with: the same one on a CPU, one with kernels where there are some for it.
+
+        Entry points call it once (kvjax.generation.as_strategy); below them a strategy is taken as it is.
+        """
+        return dataclasses.replace(self, store=native_store(self.store, device))
+
+    @property
+    def staging(self) -> DenseStore:
+        """Where a prompt stands that comes in chunks and is compressed once it is complete."""
+        return KernelDenseStore(self.store.platform) if isinstance(self.store, KernelStore | KernelHostStore) else DenseStore()
 
     def describe(self) -> str:
         """The spec string, store included when it is not the default."""
@@ -114,11 +126,11 @@ class Strategy:
     def stage(self, shape: CacheShape, prompt_lengths, max_prompt: int, fill: float = 0.0) -> KVState:
         """An empty state that holds a whole prompt and the policy's statistics, for `settle` to compress."""
         lengths = jnp.asarray(prompt_lengths, jnp.int32)
-        batch = lengths.shape[0]
+        batch, slots = lengths.shape[0], self.staging.rounded(max_prompt)
         layers = []
         for _ in range(shape.num_layers):
-            score = jnp.zeros((batch, shape.num_kv_heads, max_prompt), jnp.float32) if self.policy.keeps_score else None
-            layers.append(LayerState(STAGING.init(shape, batch, max_prompt, fill), score=score))
+            score = jnp.zeros((batch, shape.num_kv_heads, slots), jnp.float32) if self.policy.keeps_score else None
+            layers.append(LayerState(self.staging.init(shape, batch, slots, fill), score=score))
         return KVState(tuple(layers), jnp.zeros_like(lengths), lengths)
 
     def settle(self, staged: KVState, empty: KVState, guides: tuple = ()) -> KVState:
@@ -126,7 +138,7 @@ class Strategy:
         batch = staged.length.shape[0]
         layers = []
         for index, (source, target) in enumerate(zip(staged.layers, empty.layers, strict=True)):
-            k, v = STAGING.tokens(source.store, None, batch)
+            k, v = self.staging.tokens(source.store, None, batch)
             guide = guides[index] if guides else None
             layers.append(self._keep_prompt(target, k, v, source.score, staged.length, empty, guide))
         return KVState(tuple(layers), staged.length, staged.prompt_length, empty.shared)
@@ -153,10 +165,11 @@ class Strategy:
           guide: of this layer, for a policy that speculates.
         """
         bounded = layer.position is not None
-        group_mass = self.policy.group_mass if self.policy.observes and (bounded or layer.score is not None) else None
+        group_mass = self._group_mass() if bounded or layer.score is not None else None
         if first:
             with jax.named_scope("attend"):
-                out, mass = prompt_attention(q, k, v, valid, group_mass)
+                attend = attend_prompt if isinstance(self.store, KernelStore | KernelHostStore) else prompt_attention
+                out, mass = attend(q, k, v, valid, group_mass)
             with jax.named_scope("evict" if bounded else "write"):
                 score = self._scored(k, v, mass)
                 if bounded:
@@ -189,6 +202,10 @@ class Strategy:
         """Writes the new token, attends, updates the statistics, chooses the next victim. Rows that are not active stay as they are."""
         if isinstance(layer.store, HostLayer) and layer.store.staged is None:
             layer = self._fetch(layer, None, kv, active)  # nothing looked ahead for this layer: the first one
+        if isinstance(self.store, KernelStore) and layer.score is not None:
+            rule = self.policy.fused_eviction(kv.prompt_length)
+            if rule is not None:
+                return self._decode_fused(layer, q[:, 0], k[:, 0], v[:, 0], kv, active, *rule)
         capacity = self.store.capacity(layer.store, kv.shared)
         slot = kv.length[:, None] if layer.next_slot is None else layer.next_slot
         with jax.named_scope("write"):
@@ -197,9 +214,12 @@ class Strategy:
             here = (jnp.arange(capacity) == slot[..., None]) & active[:, None, None]
             position = None if layer.position is None else jnp.where(here, kv.length[:, None, None], layer.position)
         with jax.named_scope("attend"):
-            visible = jnp.arange(capacity) <= slot[..., None] if position is None else position >= 0
-            group_mass = self.policy.group_mass if self.policy.observes and position is not None else None
-            out, mass = self.store.attend(store, kv.shared, q[:, 0], visible, self._readable(kv), group_mass)
+            options = self._readable(kv), None if position is None else self._group_mass()
+            if isinstance(self.store, KernelStore):
+                out, mass = self.store.attend_first(store, kv.shared, q[:, 0], self._in_use(slot, kv, active), position, *options)
+            else:
+                visible = jnp.arange(capacity) <= slot[..., None] if position is None else position >= 0
+                out, mass = self.store.attend(store, kv.shared, q[:, 0], visible, *options)
         layer = dataclasses.replace(layer, store=store, position=position)
         if position is not None:
             with jax.named_scope("evict"):
@@ -207,6 +227,43 @@ class Strategy:
         if isinstance(self.store, HostStore):
             layer = dataclasses.replace(layer, store=self.store.cleared(layer.store))
         return out[:, None], layer
+
+    def _decode_fused(
+        self, layer: LayerState, q: Float[Array, "B H D"], k: Float[Array, "B Hkv D"], v: Float[Array, "B Hkv D"], kv: KVState,
+        active: Bool[Array, " B"], budget: Int[Array, " B"], recent: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B 1 H D"], LayerState]:  # fmt: skip
+        """`decode` of a policy whose eviction is one kernel; what is kept is the same."""
+        store, slot, position, score = self.store, layer.next_slot, layer.position, layer.score
+        assert isinstance(store, KernelStore)
+        assert slot is not None
+        assert position is not None
+        assert score is not None
+        batch, heads, capacity = position.shape
+        with jax.named_scope("write"):
+            tokens = store.write(layer.store, kv.shared, slot, k, v, active)
+            here = jnp.arange(batch)[:, None], jnp.arange(heads), jnp.where(active[:, None], slot, capacity)
+            position = position.at[here].set(kv.length[:, None], mode="drop", unique_indices=True)
+            score = score.at[here].set(0.0, mode="drop", unique_indices=True)
+        with jax.named_scope("attend"):
+            out, statistics = store.attend_with_statistics(tokens, kv.shared, q, self._in_use(slot, kv, active), position)
+        with jax.named_scope("evict"):
+            seen = kv.length + 1
+            position, score, following = store.evict(tokens, kv.shared, position, score, statistics, seen, budget, recent, active)
+            following = jnp.where(active[:, None], following, slot)
+        return out[:, None], LayerState(tokens, position, score, following)
+
+    def _in_use(self, slot: Int[Array, "B h"], kv: KVState, active: Bool[Array, " B"]) -> Int[Array, " B"]:
+        """How many slots at the front of every row hold all its tokens, the one just put into `slot` included; 0 for a row that rests."""
+        count = slot.max(-1) + 1
+        if self.policy.kept_tokens(1) is not None and self.policy.evicts_in_decode:  # any of the budget's slots may have been free
+            count = jnp.minimum(self.policy.kept_tokens(kv.prompt_length), kv.length) + 1
+        return jnp.where(active, count, 0)
+
+    def _group_mass(self) -> GroupMass | None:
+        """How a policy that observes joins attention mass; the plain sum under the name that kernels know it by."""
+        if not self.policy.observes:
+            return None
+        return summed_mass if self.policy.sums_mass else self.policy.group_mass
 
     def look_ahead(
         self, index: int, queries: Callable[[], Float[Array, "B Hkv G P"] | None], kv: KVState, active: Bool[Array, " B"]
@@ -233,8 +290,13 @@ class Strategy:
         """The slots a policy that speculates wants of a layer, most wanted first, and how many of them: [B, Hkv, K] and [B]."""
         assert isinstance(self.store, HostStore)
         partial_keys = self.store.partial_keys(layer.store, kv.shared)
+        capacity, visible = partial_keys.shape[-1], self._stored(layer, kv)
+        rule = self.policy.fused_selection(visible.sum(-1).min(-1), capacity) if isinstance(self.store, KernelHostStore) else None
+        if rule is not None:
+            alpha, most, limit = rule
+            found = speculate(queries, partial_keys, visible, most, alpha=alpha, limit=limit)
+            return jnp.minimum(found.index, capacity - 1), jnp.where(active, found.count, 0)
         guess = jnp.einsum("bngp,bnpc->bngc", queries, partial_keys, preferred_element_type=jnp.float32)
-        visible = self._stored(layer, kv)
         slot, count = self.policy.select(guess, visible, kv.length)
         return slot, jnp.where(active, count, 0)
 
@@ -340,7 +402,7 @@ class Strategy:
 
     def _holding(self, layer: LayerState) -> Store:
         """The store of a layer that keeps all it is given: a staged prompt's, or this strategy's own."""
-        return self.store if self.policy.kept_tokens(1) is None else STAGING
+        return self.store if self.policy.kept_tokens(1) is None else self.staging
 
     def _readable(self, kv: KVState) -> Callable[[Float[Array, "B Hkv G C"]], Bool[Array, "B Hkv 1 C"]] | None:
         if type(self.policy).readable is Policy.readable:

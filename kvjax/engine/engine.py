@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import HostStore, Strategy
+from kvjax.cache.stores import KernelStore
 from kvjax.cache.stores.paged import extent_sizes
 from kvjax.cache.strategy import NO_GUIDE
 from kvjax.engine import programs
@@ -170,7 +171,7 @@ class Engine:
         self._streams: dict[str, collections.deque[Output]] = {}
         self._sequences: dict[str, list[Sequence]] = {}
         self._copies = 1 if isinstance(serving.store, HostStore) else COPIES
-        self._bounds_context = need.stages or isinstance(serving.store, HostStore)
+        self._bounds_context = need.stages or isinstance(serving.store, HostStore | KernelStore)
         self._count = 0
         self.steps = 0
 

@@ -6,8 +6,9 @@ import re
 import jax.numpy as jnp
 
 from kvjax.cache import CacheShape, DenseStore, HostStore, PagedStore, Strategy
+from kvjax.cache.stores import KernelPagedStore, KernelStore, stored_dim
 from kvjax.engine.scheduler import Need
-from kvjax.errors import InputError, SpecError
+from kvjax.errors import MemoryLimitError, SpecError
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -63,11 +64,14 @@ def serving_strategy(strategy: Strategy, max_model_len: int, extents: int) -> tu
         if strategy.store.transfer == "driven":
             raise SpecError("the host drives the layers of a whole batch (--transfer=driven) offline only; under load use jit or device")
         return strategy, True
+    kernels = isinstance(strategy.store, KernelStore)
     if isinstance(strategy.store, PagedStore):
-        return Strategy(strategy.policy, dataclasses.replace(strategy.store, extents=extents)), False
+        return Strategy(strategy.policy, dataclasses.replace(strategy.store, extents=1 if kernels else extents)), False
     if not isinstance(strategy.store, DenseStore):
         raise SpecError(f"{strategy.describe()}: the engine serves the dense, the paged and the host store")
     capacity = Need(Strategy(strategy.policy, PagedStore(1)), max_model_len, True).capacity
+    if isinstance(strategy.store, KernelStore):
+        return Strategy(strategy.policy, KernelPagedStore(strategy.store.rounded(capacity), platform=strategy.store.platform)), True
     return Strategy(strategy.policy, PagedStore(capacity, extents)), True
 
 
@@ -77,14 +81,14 @@ def staged_slots(max_model_len: int) -> int:
 
 
 def spend(need: Need, shape: CacheShape, memory: int, max_num_seqs: int, host_memory: int | None = None) -> Budget:
-    """Rows and pages for `memory` bytes. Raises InputError when not even one request of the greatest length fits.
+    """Rows and pages for `memory` bytes. Raises MemoryLimitError when not even one request of the greatest length fits.
 
     Args:
       host_memory: bytes for the pool of a host store; None: twice the seats that there are rows.
     """
     policy, store = need.strategy.policy, need.strategy.store
     item = jnp.dtype(shape.dtype).itemsize
-    slot = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * item
+    slot = 2 * shape.num_layers * shape.num_kv_heads * stored_dim(store, shape.head_dim) * item
     if isinstance(store, HostStore):
         return _spend_on_host_rows(need, shape, memory, max_num_seqs, host_memory)
     assert isinstance(store, PagedStore)
@@ -94,11 +98,11 @@ def spend(need: Need, shape: CacheShape, memory: int, max_num_seqs: int, host_me
     row = staging = 0
     if need.stages:
         per_slot = 4 + (4 if policy.keeps_score else 0)
-        row = shape.num_layers * heads * (widest * store.page_size * per_slot + 4)
+        row = shape.num_layers * heads * (store.rounded(need.capacity) * per_slot + 4)
         staging = staged_slots(need.max_model_len) * (slot + shape.num_layers * shape.num_kv_heads * 4 * policy.keeps_score)
     least = staging + row + widest * page
     if memory < least:
-        raise InputError(
+        raise MemoryLimitError(
             f"kv_memory of {memory} bytes is too small for {need.strategy.policy.describe()}: one request of "
             f"max_model_len={need.max_model_len} takes {least} bytes ({widest} pages of {page}, {row} of metadata, {staging} to stage "
             "prompts); give more memory or a smaller max_model_len"
@@ -113,11 +117,11 @@ def _spend_on_host_rows(need: Need, shape: CacheShape, memory: int, max_num_seqs
     """`spend` for a host store: rows by what they have on the device, seats by host memory."""
     policy, store = need.strategy.policy, need.strategy.store
     assert isinstance(store, HostStore)
-    item, slots = jnp.dtype(shape.dtype).itemsize, need.capacity
+    item, slots = jnp.dtype(shape.dtype).itemsize, store.rounded(need.capacity)
     seat = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * item * slots
     partial = policy.partial_columns(shape.head_dim) if policy.speculates else 0
     row = max(shape.num_layers - policy.full_layers, 0) * shape.num_kv_heads * partial * slots * item
-    row += 2 * 2 * shape.num_kv_heads * shape.head_dim * (slots + 1) * item  # keys and values of two layers, staged
+    row += 2 * 2 * shape.num_kv_heads * shape.head_dim * store.staged_places(slots) * item  # keys and values of two layers, staged
     staging = 0
     if need.stages:
         row += shape.num_layers * shape.num_kv_heads * (slots * (4 + 4 * policy.keeps_score) + 4)
@@ -126,11 +130,13 @@ def _spend_on_host_rows(need: Need, shape: CacheShape, memory: int, max_num_seqs
         row, seat = row + seat, 0
     rows = min(max_num_seqs, (memory - staging) // row)
     if rows < 1:
-        raise InputError(
+        raise MemoryLimitError(
             f"kv_memory of {memory} bytes is too small for {need.strategy.describe()}: a request of max_model_len={need.max_model_len} has "
             f"{row} bytes on the device, and {staging} stage prompts; give more memory or a smaller max_model_len"
         )
     seats = rows if not seat else 2 * rows if host_memory is None else host_memory // seat
     if seats < 1:
-        raise InputError(f"host_memory of {host_memory} bytes is too small: one request of max_model_len={need.max_model_len} takes {seat}")
+        raise MemoryLimitError(
+            f"host_memory of {host_memory} bytes is too small: one request of max_model_len={need.max_model_len} takes {seat}"
+        )
     return Budget(seats, min(rows, seats), 0, row, staging, seat)

@@ -3,15 +3,16 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
-from kvjax.cache import Ledger, Strategy, ledger
+from kvjax.cache import KVState, Ledger, Strategy, ledger
 from kvjax.engine.metrics import Timeline, summarise
 from kvjax.errors import InputError
-from kvjax.generation import PrefillPlan, check_vocabulary, decode_program, score, stream
+from kvjax.generation import PrefillPlan, as_strategy, check_vocabulary, decode_program, score, stream
 from kvjax.host_driven import is_driven
 from kvjax.models import Model
 from kvjax.models.tokenizer import ByteTokenizer
@@ -82,7 +83,8 @@ class Measurement:
       recall: share of questions answered, by the depth of the fact; empty unless the workload asks.
       samples: generated token ids per request.
       transfer: how tokens come from a host store; None for another.
-      speculation: how good the guesses of a policy that speculates are; None for another, or if no quality was asked for.
+      speculation: how good the guesses of a policy that speculates are; None for another, or if that was not asked for.
+      per_prompt: quality of every prompt: `recall` (share of its questions answered), `kld` and `nll_delta` (means over its tokens, nats).
     """
 
     strategy: str
@@ -95,6 +97,7 @@ class Measurement:
     samples: list[list[int]]
     transfer: str | None = None
     speculation: Speculation | None = None
+    per_prompt: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     @property
     def recall_mean(self) -> float | None:
@@ -143,6 +146,8 @@ def measure(
     sampling: Sampling = Sampling(),
     plan: PrefillPlan = PrefillPlan(),
     against: Reference | None = None,
+    audits: bool = True,
+    weighs: bool = True,
     progress: Progress = lambda what: None,
 ) -> Measurement:
     """Runs a workload under a strategy: generation for the times, then the continuation, teacher-forced, for the quality.
@@ -152,7 +157,10 @@ def measure(
 
     Args:
       against: the full cache's logits; None: no fidelity.
+      audits: whether guesses are judged, where there are any and quality is asked for.
+      weighs: whether the scratch of a decode step goes into the ledger, which takes another compilation of its program.
     """
+    strategy = as_strategy(strategy)
     prompt_len, longest = workload.prompts.shape[1], max(output_len, workload.continuation.shape[1])
     check_vocabulary(model, workload.prompts)
 
@@ -181,9 +189,8 @@ def measure(
         samples += tokens[:real].tolist()
         progress("generated")
     transient = None
-    if output_len > 1 and not is_driven(strategy):  # the scratch of the one program a step is, where it is one
-        analysis = decode_program(model, strategy, sampling, state).memory_analysis()
-        transient = None if analysis is None else analysis.temp_size_in_bytes
+    if weighs and output_len > 1 and not is_driven(strategy):  # the scratch of the one program a step is, where it is one
+        transient = _scratch(model, strategy, sampling, state)
     books = ledger(strategy, state, transient)
 
     parts: list[tuple[np.ndarray, ...]] = []
@@ -199,22 +206,39 @@ def measure(
             hits += [recall.answered(host[i], test) for i, test in enumerate(workload.tests[where])]
         progress("scored")
     guesses = None
-    if strategy.policy.speculates and (against is not None or workload.tests):
+    if audits and strategy.policy.speculates and (against is not None or workload.tests):
         _, rows, _ = next(batches(workload, batch_size))
         guesses = audit(model, strategy, rows, prompt_len=prompt_len, prefill=plan)
-    quality = fidelity.Comparison(*(np.concatenate(x) for x in zip(*parts, strict=True))).summary(seed) if parts else {}
+    compared = fidelity.Comparison(*(np.concatenate(x) for x in zip(*parts, strict=True))) if parts else None
+    per_prompt = {"recall": [float(hit.mean()) for hit in hits]} if hits else {}
+    if compared is not None:
+        per_prompt |= {"kld": compared.kld.mean(1).tolist(), "nll_delta": compared.nll_delta.mean(1).tolist()}
     return Measurement(
         strategy.describe(),
         strategy.store.name,
         tuple(timelines),
         summarise(timelines, busy),
         books,
-        quality,
+        {} if compared is None else compared.summary(seed),
         _by_depth(workload, hits),
         samples,
         getattr(strategy.store, "transfer", None),
         guesses,
+        per_prompt,
     )
+
+
+_scratches: dict[Any, int | None] = {}
+"""Of decode programs seen before: to ask is to compile once more."""
+
+
+def _scratch(model: Model, strategy: Strategy, sampling: Sampling, state: KVState) -> int | None:
+    """Bytes a decode step needs beside its arguments and results; None where XLA does not say."""
+    key = (model.decoder, strategy, sampling, jax.tree.structure(state), tuple((x.shape, x.dtype) for x in jax.tree.leaves(state)))
+    if key not in _scratches:
+        analysis = decode_program(model, strategy, sampling, state).memory_analysis()
+        _scratches[key] = None if analysis is None else analysis.temp_size_in_bytes
+    return _scratches[key]
 
 
 def without_questions(workload: Workload) -> Workload:

@@ -132,7 +132,7 @@ def settle(programs: Programs, context: int, params, layers: Layers, staging: La
     """Compresses the staged prompt into its pages; `packed` has its full length."""
     row, length, prompt_length, *_ = packed[:, :HEADER].T
     shared = _shared(programs, packed)
-    staged = KVState(tuple(_head(layer, context) for layer in staging), length, prompt_length)
+    staged = KVState(tuple(_head(programs.strategy, layer, context) for layer in staging), length, prompt_length)
     empty = KVState(tuple(_rows(layer, row) for layer in layers), jnp.zeros_like(length), prompt_length, shared)
     kv = programs.strategy.settle(staged, empty, guides(params, len(layers)))
     return tuple(_put_rows(layer, new, row) for layer, new in zip(layers, kv.layers, strict=True))
@@ -204,7 +204,6 @@ def _put_rows(layer: LayerState, new: LayerState, row: Int[Array, " B"]) -> Laye
     return LayerState(new.store, *metadata)
 
 
-def _head(layer: LayerState, slots: int) -> LayerState:
+def _head(strategy: Strategy, layer: LayerState, slots: int) -> LayerState:
     """The first slots of a staged layer."""
-    store = dataclasses.replace(layer.store, k=layer.store.k[:, :, :slots], v=layer.store.v[:, :slots])
-    return LayerState(store, score=None if layer.score is None else layer.score[..., :slots])
+    return LayerState(strategy.staging.head(layer.store, slots), score=None if layer.score is None else layer.score[..., :slots])

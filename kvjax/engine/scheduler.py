@@ -203,7 +203,7 @@ class Scheduler:
         self.waiting: collections.deque[Sequence] = collections.deque()
         self.prefilling: list[Sequence] = []
         self.running: list[Sequence] = []
-        rows, width = limits.max_num_seqs, need.pages(need.capacity)
+        rows, width = limits.max_num_seqs, need.pages(need.strategy.store.rounded(need.capacity))
         self.no_page = blocks.num_blocks
         self.length = np.zeros(rows, np.int32)
         self.pages = np.full((rows, width), self.no_page, np.int32)

@@ -138,7 +138,7 @@ def notes(plans: Sequence[Plan]) -> Iterator[str]:
     """What a reader of the figures has to know."""
     setting, device = plans[0].setting, plans[0].device
     for how in dict.fromkeys(found.compiled for found in plans):
-        yield f"compiled: {how}." if how != "compiled" else "compiled: all layers."
+        yield "Compiled: all layers." if how == "compiled" else f"{how.capitalize()}."
     share = 100 * plans[0].available / device.memory
     yield f"Available is {share:.0f} % of {human_bytes(device.memory)} ({device.memory_source})."
     chunk = f"in chunks of {setting.prefill_chunk}" if setting.prefill_chunk else "whole"
@@ -231,7 +231,7 @@ SECTIONS: list[tuple[str, list[tuple[str, Callable[[Plan], str], str]]]] = [
 
 
 def fit_table() -> Iterator[str]:
-    """Markdown: what fits on an 80 GB and a 141 GB card, line by line as it is found. Compiled once, for an H200, at one depth."""
+    """Markdown: what fits on an 80 GB and a 141 GB card, line by line as found. Compiled once, for an H200, at batch 16."""
     device = open_device("h200")
     columns = [f"{card}: {what}" for card in TABLE_CARDS for what in ("batch at 2,048", "context at batch 16")]
     yield f"| model | strategy | weights | a row of 2,048: device, host | {' | '.join(columns)} |"
@@ -239,7 +239,8 @@ def fit_table() -> Iterator[str]:
     for name in TABLE_MODELS:
         for spec in TABLE_STRATEGIES:
             setting = Setting(preset(name), parse_strategy(spec), batch=16, context=2048)
-            found = plan(setting, device, depths="one", search=False)
+            found = plan(setting, device, search=False)
+            setting = found.setting
             model = Model(setting, found.decode, found.prefill)
             cells = [name, spec, human_bytes(found.weights + found.guide)]
             row = (found.cache.device / 16, found.cache.host_pool / 16)

@@ -99,7 +99,7 @@ class Plan:
         deep, (low, high) = self.setting.config.num_layers, self.depths
         if low == deep:
             return "compiled"
-        return f"compiled at {low} layers, taken for {deep}" if low == high else f"compiled at {low} and {high} layers, computed for {deep}"
+        return f"compiled at {low} and {high} layers, computed for {deep}"
 
     def record(self) -> dict[str, object]:
         """Flat keys for JSON; a figure's key begins with how it came about: `planned_` is computed plus compiled."""
@@ -160,7 +160,7 @@ def plan(
     """Compiles the programs of a setting for a card, and adds up.
 
     Args:
-      depths: compile two depths and carry on, the lesser of them alone, or all layers.
+      depths: compile two depths and carry on, or all layers.
       memory_fraction: of the card's memory, what a process gets.
       link: bytes a second from the host; None: what the card's data sheet says.
       search: look for the largest batch and the largest context.
@@ -170,6 +170,7 @@ def plan(
     Raises:
       PlanError: the compiler refuses, or reports nothing.
     """
+    setting = setting.native(device)
     progress("decode and prefill")
     decode, prefill = usage(setting, device, depths)
     own, guide = programs.weight_bytes(setting)

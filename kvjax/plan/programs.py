@@ -15,16 +15,17 @@ from kvjax.cache import CacheShape, HostStore, KVState, Prefill, Strategy
 from kvjax.cache.ledger import nbytes
 from kvjax.errors import SpecError
 from kvjax.generation import _prefill, _settle, decode_steps
+from kvjax.kernels.dispatch import current_device
 from kvjax.models import Decoder, ModelConfig, parameters
 from kvjax.models.guide import Guide, QueryGuide, guides
 from kvjax.plan.devices import Device, PlanError
 from kvjax.sampling import Sampling
 
 DEPTHS = (2, 4)
-"""Layers that are compiled, beside a policy's `full_layers`."""
+"""Layers that are compiled. Where a policy speculates, beside its `full_layers` and two more: only behind them does scratch settle."""
 
-Depths = Literal["one", "two", "all"]
-"""How many depths are compiled. `one`: what a program needs beside its arguments is taken not to grow with the layers, or nearly so."""
+Depths = Literal["two", "all"]
+"""Which depths are compiled: two, with the others on the line through them, or the model's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,11 @@ class Setting:
         chunked = self.prefill_chunk is not None and self.prefill_chunk < self.prompt
         return chunked and self.strategy.policy.kept_tokens(1) is not None
 
+    def native(self, device: Device) -> "Setting":
+        """The same over the store that the device computes with."""
+        with device.in_scope():
+            return dataclasses.replace(self, strategy=self.strategy.native(current_device()))
+
     def resized(self, batch: int, context: int) -> "Setting":
         """The same for other sizes; the part of the context that is generated stays within it."""
         return dataclasses.replace(self, batch=batch, context=context, output_len=min(self.output_len, context - 1))
@@ -75,10 +81,11 @@ class Setting:
 
     def depths(self, how: Depths = "two") -> tuple[int, int]:
         """The depths compiled, the same twice for one: the model's own with `all`, and where it is no deeper than the others."""
-        first, second = (self.strategy.policy.full_layers * self.strategy.policy.speculates + depth for depth in DEPTHS)
+        policy = self.strategy.policy
+        first, second = (depth + (policy.full_layers + 2) * policy.speculates for depth in DEPTHS)
         if how == "all" or second >= self.config.num_layers:
             return self.config.num_layers, self.config.num_layers
-        return first, first if how == "one" else second
+        return first, second
 
 
 @dataclasses.dataclass(frozen=True)

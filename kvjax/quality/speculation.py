@@ -20,7 +20,7 @@ All are means over kv heads (mass_covered: query heads). Layers that read everyt
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ from kvjax.cache.policies import Policy
 from kvjax.cache.state import LayerState
 from kvjax.cache.stores import HostStore
 from kvjax.errors import InputError, SpecError
-from kvjax.generation import PrefillPlan, check_positions, check_vocabulary, run_prefill
+from kvjax.generation import PrefillPlan, as_strategy, check_positions, check_vocabulary, run_prefill
 from kvjax.models import Decoder, Model
 from kvjax.quality.fidelity import Estimate
 
@@ -102,12 +102,27 @@ def audit(
     check_vocabulary(model, token_ids)
     batch, total = token_ids.shape
     check_positions(model, prompt_len, total - prompt_len)
-    strategy = Strategy(strategy.policy, dataclasses.replace(strategy.store, transfer="device"))
+    strategy = as_strategy(Strategy(strategy.policy, dataclasses.replace(strategy.store, transfer="device")))
     lengths = np.full(batch, prompt_len, np.int32)
     _, kv = run_prefill(model, strategy, token_ids[:, :prompt_len], lengths, total - prompt_len, prefill)
     found, _ = _audit_steps(model.decoder, strategy, model.params, kv, jnp.asarray(token_ids[:, prompt_len:], jnp.int32))
     stacked = {name: [np.asarray(found[layer][name]).T for layer in found] for name in MEASURES}
     return Speculation(tuple(found), {name: np.reshape(values, (len(found), batch, -1)) for name, values in stacked.items()})
+
+
+def audit_some(
+    model: Model, strategy: Strategy, sequences: Sequence[tuple[Int[np.ndarray, " N"], Sequence[int]]], most: int = 4
+) -> Speculation | None:
+    """An audit of some of what was served: prompts with what was generated after them, fed once more.
+
+    The longest sequences serve, `most` of them, cut to the length of the shortest of those; None where none has a token after its prompt.
+    """
+    usable = sorted((x for x in sequences if len(x[1]) > 0), key=lambda x: len(x[0]) + len(x[1]), reverse=True)[:most]
+    if not usable:
+        return None
+    total = min(len(prompt) + len(tokens) for prompt, tokens in usable)
+    rows = np.stack([np.concatenate([prompt, tokens])[:total] for prompt, tokens in usable]).astype(np.int32)
+    return audit(model, strategy, rows, prompt_len=min(min(len(prompt) for prompt, _ in usable), total - 1))
 
 
 @jax.tree_util.register_dataclass

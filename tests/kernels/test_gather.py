@@ -1,56 +1,20 @@
 """Gathering: every implementation through the same cases against the reference, bit for bit; the Mosaic GPU kernel interpreted on a CPU."""
 
-import contextlib
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from kvjax.kernels import dispatch
 from kvjax.kernels.gather import gather_pages, gather_rows, gather_tokens, mosaic_gpu, reference
+from kvjax.kernels.gather.cases import CASES, assert_same_bits, random_pool, run, verify
 
 IMPLEMENTATIONS = ("xla", "mosaic_gpu")
-CASES = {  # rows of the pool, elements of a row, rows wanted, type
-    "one row": (5, 64, 1, jnp.bfloat16),
-    "a token of 128": (300, 128, 33, jnp.bfloat16),
-    "keys and values of 80": (40, 160, 64, jnp.float16),
-    "float32": (40, 96, 65, jnp.float32),
-    "int8": (40, 256, 64, jnp.int8),
-    "pages": (9, 2 * 16 * 64, 5, jnp.bfloat16),
-    "long pages": (6, 16 * 640, 4, jnp.bfloat16),
-}
-
-
-def run(name: str, function, *args):
-    with contextlib.nullcontext() if name == "xla" else dispatch.interpreted(name):
-        return np.asarray(jax.jit(partial(function, implementation=name))(*args))
-
-
-def random_pool(rng, shape, dtype) -> np.ndarray:
-    if dtype == jnp.int8:
-        return rng.integers(-128, 128, shape).astype(np.int8)
-    return rng.standard_normal(shape).astype(dtype)
-
-
-def assert_same_bits(got, want) -> None:
-    assert got.dtype == want.dtype
-    np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
 
 
 class TestGather:
-    @pytest.mark.parametrize(("height", "width", "count", "dtype"), CASES.values(), ids=CASES)
+    @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
     @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-    def test_equals_reference(self, name, height, width, count, dtype, rng):
-        """Any order, some rows twice, numbers on both sides of the pool; rows nobody asks for are NaN, and one that is asked for too."""
-        index = rng.integers(0, height, count).astype(np.int32)
-        index[rng.random(count) < 0.2] = rng.choice([-1, height, height + 7, 2**31 - 1, -(2**31)])
-        index[0] = rng.integers(0, height)
-        pool = random_pool(rng, (height, width), dtype)
-        if dtype != jnp.int8:
-            pool[~np.isin(np.arange(height), index)] = np.nan
-            pool[index[0], ::3] = np.nan
-        assert_same_bits(run(name, gather_rows, pool, index), reference.gather_rows(pool, index))
+    def test_equals_reference(self, name, case, rng):
+        verify(case, rng, name)
 
     @pytest.mark.parametrize("name", IMPLEMENTATIONS)
     def test_tokens(self, name, rng):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.cache.attention import summed_mass
 from kvjax.errors import SpecError
 
 Amount = int | float
@@ -83,7 +84,12 @@ class Policy:
 
         The probability of a key is `weights * scale[..., None]`; the scale of a query that does not count is zero.
         """
-        return jnp.einsum("...gqc,...gq->...c", weights, scale)
+        return summed_mass(weights, scale)
+
+    @property
+    def sums_mass(self) -> bool:
+        """Whether `group_mass` is a plain sum over queries and query heads, which kernels compute."""
+        return type(self).group_mass is Policy.group_mass
 
     def observe(self, score: Float[Array, "B h C"], mass: Float[Array, "B h C"]) -> Float[Array, "B h C"]:
         """The statistic after a step in which the keys received `mass`."""
@@ -92,6 +98,13 @@ class Policy:
     def priority(self, slots: Slots) -> Float[Array, "B h C"]:
         """What to keep: the higher stays, PROTECTED always does; between equals the lower position stays."""
         raise NotImplementedError(f"{type(self).__name__} has a budget, so it must rank slots: define priority(slots)")
+
+    def fused_eviction(self, prompt_length: Int[Array, " B"]) -> tuple[Int[Array, " B"], Int[Array, " B"]] | None:
+        """Where decode steps evict exactly as kvjax.kernels.h2o_evict does: tokens a kv head may hold, and of them protected, the last.
+
+        None, as here, where they do not; a subclass of a policy that they do for has to say so itself.
+        """
+        return None
 
     def readable(self, logits: Float[Array, "B Hkv G C"], prompt_length: Int[Array, " B"]) -> Bool[Array, "B Hkv 1 C"] | None:
         """Which stored tokens a decode step reads, given the true logits (NEG_INF where nothing is stored). None: all."""
@@ -111,6 +124,15 @@ class Policy:
           K slots per kv head, the most wanted first, and how many of them are meant.
         """
         raise NotImplementedError(f"{type(self).__name__} speculates, so it must choose: define select(guess, visible, length)")
+
+    def fused_selection(self, held: Int[Array, " B"], capacity: int) -> tuple[float, Int[Array, " B"], int] | None:
+        """Where `select` chooses exactly as kvjax.kernels.speculate does: its alpha, the most tokens for every row, and for any row.
+
+        Args:
+          held: tokens of every row.
+          capacity: slots of a row.
+        """
+        return None
 
     def partial_columns(self, head_dim: int) -> int:
         """Columns of a partial key, for a policy that speculates."""

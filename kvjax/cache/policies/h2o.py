@@ -63,6 +63,18 @@ class H2O(Policy):
             return (weights * scale[..., None]).max(-3).sum(-2)
         return super().group_mass(weights, scale)
 
+    @property
+    def sums_mass(self) -> bool:
+        return self.group == "sum" and type(self).group_mass is H2O.group_mass
+
+    def fused_eviction(self, prompt_length: Any) -> tuple[Any, Any] | None:
+        """For the rule of the paper alone: what a subclass may change is asked for one by one."""
+        mine, plain = type(self), Policy
+        ranks = mine.priority is H2O.priority and mine.observe is plain.observe and mine.initial_score is plain.initial_score
+        if not (self.decode and self.sums_mass and ranks and mine.readable is plain.readable):
+            return None
+        return self.kept_tokens(prompt_length), tokens(self.recent, prompt_length)
+
     def priority(self, slots: Slots):
         is_recent = slots.position >= slots.length - tokens(self.recent, slots.prompt_length)
         return jnp.where(is_recent, PROTECTED, slots.score)

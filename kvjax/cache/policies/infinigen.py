@@ -104,11 +104,23 @@ class InfiniGen(Policy):
         counts = near.sum(-1)
         mean = counts.sum(-1) // counts.shape[-1] if self.count == "request" else jnp.full(counts.shape[:1], counts.sum() // counts.size)
         held = visible.sum(-1).min(-1)
-        most = jnp.minimum(tokens(self.budget, held), held)
+        most = self._most(held)
         count = jnp.clip(mean, jnp.minimum(1, most), most)
-        capacity = guess.shape[-1]
-        _, slot = jax.lax.top_k(joined, min(tokens(self.budget, capacity), capacity))
+        _, slot = jax.lax.top_k(joined, self._limit(guess.shape[-1]))
         return slot.astype(jnp.int32), count.astype(jnp.int32)
+
+    def fused_selection(self, held: Int[Array, " B"], capacity: int) -> tuple[float, Int[Array, " B"], int] | None:
+        """For counts of every request and the query head that wants most; with alpha=0 equals count here, and not in the kernel."""
+        same = type(self).select is InfiniGen.select and self.count == "request" and self.group == "max"
+        return (float(self.alpha), self._most(held), self._limit(capacity)) if same and self.alpha else None
+
+    def _most(self, held: Int[Array, " B"]) -> Int[Array, " B"]:
+        """Tokens read at most of rows that hold so many."""
+        return jnp.minimum(tokens(self.budget, held), held)
+
+    def _limit(self, capacity: int) -> int:
+        """Tokens read at most of any row."""
+        return min(tokens(self.budget, capacity), capacity)
 
     def partial_columns(self, head_dim: int) -> int:
         each = max(int(self.partial * head_dim), 1)

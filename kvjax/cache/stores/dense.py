@@ -163,6 +163,10 @@ class DenseStore:
         keys, values = (x[:, :size] for x in self.tokens(layer, shared, q.shape[0]))
         return chunk_attention(q, keys, values, length[:, None] + jnp.arange(q.shape[1]), stored, valid, group_mass)
 
+    def head(self, layer: DenseLayer, slots: int) -> DenseLayer:
+        """The first slots of every row, as a layer."""
+        return DenseLayer(layer.k[:, :, :slots], layer.v[:, :slots])
+
     def poison(self, layer: DenseLayer, shared: None, empty: Bool[Array, "B Hkv C"]) -> DenseLayer:
         """NaN keys in the slots marked empty, for tests: whatever stands there must not matter."""
         return dataclasses.replace(layer, k=jnp.where(empty.reshape(-1, 1, empty.shape[-1]), jnp.nan, layer.k))

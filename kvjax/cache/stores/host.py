@@ -35,7 +35,7 @@ TRANSFERS = get_args(Transfer)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Staged:
-    """Tokens of a layer on the device; the last of the K places is for the step's own token.
+    """Tokens of a layer on the device; the last of the K places is for the step's own token, and some before it may be empty.
 
     Attributes:
       slot: where in the row each stands; C where there is none.
@@ -152,7 +152,7 @@ class HostStore:
                     found = [self._slice(x, shared, batch, size) for x in pool]
                 else:
                     found = [self._gather(x, shared, slot[:, :, :size]) for x in pool]
-                k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, most + 1 - size), (0, 0))) for x in found)
+                k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, self.staged_places(most) - size), (0, 0))) for x in found)
                 return k, v
 
             return moved
@@ -169,17 +169,21 @@ class HostStore:
         """Rows per kv head that a fetch of up to `most` of them can have, ascending."""
         return sorted({-(-most * level // self.levels) for level in range(1, self.levels + 1)})
 
+    def staged_places(self, most: int) -> int:
+        """Places of a staging block for up to `most` rows per kv head, and the step's own token."""
+        return most + 1
+
     def partial_keys(self, layer: HostLayer, shared: Seats | None) -> Float[Array, "B Hkv P C"]:
         """Of the rows of a call."""
         assert layer.partial is not None
         return layer.partial if shared is None else layer.partial.at[shared.row].get(mode="clip")
 
-    def places(self, slot: Int[Array, "B Hkv K"] | None, count: Int[Array, " B"], num_heads: int, slots: int) -> Int[Array, "B Hkv K+1"]:
-        """The slot of every staged row, C for rows that are not wanted and for the place of the step's own token."""
+    def places(self, slot: Int[Array, "B Hkv K"] | None, count: Int[Array, " B"], num_heads: int, slots: int) -> Int[Array, "B Hkv P"]:
+        """The slot of every staged row, C for rows that are not wanted and for the places behind them, the step's own token's too."""
         batch, most = count.shape[0], slots if slot is None else slot.shape[2]
         index = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, num_heads, slots)) if slot is None else slot
         index = jnp.where(jnp.arange(most) < count[:, None, None], index, slots)
-        return jnp.pad(index, ((0, 0), (0, 0), (0, 1)), constant_values=slots)
+        return jnp.pad(index, ((0, 0), (0, 0), (0, self.staged_places(most) - most)), constant_values=slots)
 
     def write(
         self, layer: HostLayer, shared: Seats | None, slot: Int[Array, "B h"], k: Float[Array, "B Hkv D"], v: Float[Array, "B Hkv D"],
@@ -221,9 +225,7 @@ class HostStore:
         keys, values = (x.reshape(batch * kv_heads, places, dim) for x in (staged.k, staged.v))
         logits = jnp.einsum("nkd,ngd->nkg", keys, grouped, preferred_element_type=jnp.float32).swapaxes(1, 2)
         logits = logits.reshape(batch, kv_heads, -1, places)
-        held = jnp.broadcast_to(visible, (batch, kv_heads, visible.shape[-1]))
-        seen = (staged.slot < layer.slots) & jnp.take_along_axis(held, jnp.minimum(staged.slot, layer.slots - 1), axis=-1)
-        logits = jnp.where(seen[:, :, None], logits, NEG_INF)
+        logits = jnp.where(self.staged_visible(layer, visible)[:, :, None], logits, NEG_INF)
         if readable is not None:
             logits = jnp.where(readable(logits), logits, NEG_INF)
         weights, scale = softmax_weights(logits)
@@ -234,6 +236,13 @@ class HostStore:
         if group_mass is not None:
             mass = self._to_slots(layer, group_mass(weights[..., None, :], scale[..., None]))
         return out.reshape(batch, heads, dim).astype(q.dtype), mass
+
+    def staged_visible(self, layer: HostLayer, visible: Bool[Array, "B h C"]) -> Bool[Array, "B Hkv K"]:
+        """The places that hold a token of a visible slot."""
+        assert layer.staged is not None
+        slot = layer.staged.slot
+        held = jnp.broadcast_to(visible, (*slot.shape[:2], visible.shape[-1]))
+        return (slot < layer.slots) & jnp.take_along_axis(held, jnp.minimum(slot, layer.slots - 1), axis=-1)
 
     def used(self, layer: HostLayer) -> Bool[Array, "B Hkv C"]:
         """The slots that were staged, the new token's included."""

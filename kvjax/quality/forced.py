@@ -1,0 +1,178 @@
+"""Quality alone, teacher-forced: cheaper than kvjax.engine.offline, because nothing is timed and prompts are shared.
+
+Every strategy reads the same documents: facts at even depths of a text, then all questions with their true answers, token by token. Where
+the pool of a host store stands makes no difference to what is read (tests/cache), so it is device memory here. Strategies that do the same
+to a prompt, and differ in what they read of it, share its prefill.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from kvjax.cache import Decode, DenseStore, Full, HostStore, InfiniGen, KVState, Ledger, OracleTopK, Policy, Strategy, ledger, tokens
+from kvjax.engine import offline
+from kvjax.errors import InputError
+from kvjax.generation import apply, run_prefill
+from kvjax.models import Decoder, Model
+from kvjax.quality import fidelity, recall
+from kvjax.quality.speculation import MEASURES, Audit, Audited, Speculation
+
+Guided = Callable[[Strategy], Model]
+"""The model as a strategy needs it (kvjax.calibrate)."""
+
+
+def strategy_of(policy: Policy, offloaded: bool = False) -> Strategy:
+    """The policy in its store; a host store has its pool in device memory."""
+    return Strategy(policy, HostStore("device") if offloaded or policy.home == "host" else DenseStore())
+
+
+@dataclasses.dataclass(frozen=True)
+class Fed:
+    """A batch, fed: the logits that predict every token behind the prompt, the state after the last, what the audit of guesses found."""
+
+    logits: Float[jax.Array, "B T V"]
+    kv: KVState
+    found: dict[int, Mapping[str, jax.Array]]
+
+
+class Forced:
+    """Measures strategies on the documents of one workload. What takes time is made when it is first needed.
+
+    Attributes:
+      start: tokens of a document that go in as a prompt; the rest is fed one by one, as the questions are.
+    """
+
+    def __init__(self, guided: Guided, workload: offline.Workload, batch_size: int, prefilled: int | None = None):
+        """`prefilled`: `start`; None: the whole document. Raises InputError for a workload that asks nothing."""
+        if not workload.tests:
+            raise InputError("a model that reads no bytes cannot be asked for facts; measure its quality with kvjax.engine.offline")
+        self.guided, self.workload, self.batch_size = guided, workload, batch_size
+        self.start = prefilled or workload.prompts.shape[1]
+        self._reference: list[jax.Array] = []
+        self._prompts: tuple[Strategy, list[tuple[jax.Array, KVState]]] | None = None
+
+    def measure(self, strategy: Strategy) -> dict[str, Any]:
+        """What a strategy loses on all documents, and how much it reads.
+
+        Keys of records (`fidelity_*`, `task_*`, `speculation_*`, shares of what is read), `depths` and `answered` (per document, a 0 or 1
+        for every depth, as text), and `samples`: a list per prompt of `recall`, `kld` and `nll_delta`.
+        """
+        if not self._reference:
+            self._reference = [fed.logits for fed in self._forced(strategy_of(Full()))]
+        parts, hits, books, audits = [], [], [], []
+        for index, ((where, rows, real), fed) in enumerate(zip(self._batches(), self._forced(strategy), strict=True)):
+            books.append(ledger(strategy, fed.kv))
+            audits.append(jax.tree.map(lambda x: np.asarray(x).T[:real], fed.found))  # noqa: B023
+            targets = rows[:, self.start :]
+            parts.append([np.asarray(x)[:real] for x in fidelity.compare(self._reference[index], fed.logits, targets)])
+            asked = np.asarray(fed.logits[:, -self.workload.continuation.shape[1] :])
+            hits += [_by_depth(test, recall.answered(asked[i], test)) for i, test in enumerate(self.workload.tests[where])]
+        compared = fidelity.Comparison(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+        quality = compared.summary()
+        answered = np.stack(hits)
+        depths = sorted(round(float(d), 4) for d in self.workload.tests[0].depths)
+        return {
+            **{f"fidelity_{name}": estimate.value for name, estimate in quality.items()},
+            **{f"fidelity_{name}_se": estimate.error for name, estimate in quality.items()},
+            "task_recall": float(answered.mean()),
+            **{f"task_recall_depth_{depth:g}": float(share) for depth, share in zip(depths, answered.mean(0), strict=True)},
+            "depths": depths,
+            "answered": ["".join("01"[int(hit)] for hit in row) for row in answered],
+            **self._shares(strategy, books),
+            **_speculation(audits),
+            "samples": {
+                "recall": answered.mean(1).tolist(), "kld": compared.kld.mean(1).tolist(), "nll_delta": compared.nll_delta.mean(1).tolist(),
+            },
+        }  # fmt: skip
+
+    def _batches(self) -> Iterator[tuple[slice, Int[np.ndarray, "B S"], int]]:
+        return offline.batches(self.workload, self.batch_size)
+
+    def _forced(self, strategy: Strategy) -> Iterator[Fed]:
+        """Batch by batch, all that comes behind the prompt."""
+        model = self.guided(strategy)
+        for (_, rows, _), (first, kv) in zip(self._batches(), self._prefilled(model, strategy), strict=True):
+            following, kv, found = _fed(model.decoder, strategy, model.params, kv, jnp.asarray(rows[:, self.start :], jnp.int32))
+            yield Fed(jnp.concatenate([first[:, None], following[:, :-1]], axis=1), kv, found)
+
+    def _prefilled(self, model: Model, strategy: Strategy) -> list[tuple[jax.Array, KVState]]:
+        """Batch by batch, the logits behind the prompt and the state. Strategies that differ in what they read alone share them."""
+        twin = _prompt_twin(strategy)
+        if self._prompts is None or self._prompts[0] != twin:
+            self._prompts = None  # only ever one in memory
+            made = []
+            for _, rows, _ in self._batches():
+                lengths = np.full(len(rows), self.start, np.int32)
+                made.append(run_prefill(model, twin, rows[:, : self.start], lengths, rows.shape[1] - self.start))
+            self._prompts = (twin, made)
+        return self._prompts[1]
+
+    def _shares(self, strategy: Strategy, books: Sequence[Ledger]) -> dict[str, Any]:
+        """How much of what is held a decode step reads, and of a host store, brings over: means over layers, steps and batches."""
+        if not isinstance(strategy.store, HostStore):
+            read = float(np.mean([b.kept_fraction for b in books]))
+            if isinstance(strategy.policy, OracleTopK):
+                total = self.workload.prompts.shape[1] + self.workload.continuation.shape[1]
+                read = tokens(strategy.policy.k, self.start) / total
+            return {"read_fraction": read}
+        fetched, wanted = (np.mean([getattr(b, name) for b in books], axis=0) for name in ("fetched", "wanted"))
+        found: dict[str, Any] = {"read_fraction": float(wanted.mean()), "kv_fetched_fraction": float(fetched.mean())}
+        found |= {"kv_wanted_fraction": float(wanted.mean())}
+        found |= {f"kv_fetched_fraction_layer_{i}": float(x) for i, x in enumerate(fetched)}
+        found |= {f"kv_wanted_fraction_layer_{i}": float(x) for i, x in enumerate(wanted)}
+        if strategy.policy.speculates:
+            above = strategy.policy.full_layers
+            found["kv_fetched_fraction_speculating"] = float(fetched[above:].mean())
+            found["kv_wanted_fraction_speculating"] = float(wanted[above:].mean())
+        return found
+
+
+def _prompt_twin(strategy: Strategy) -> Strategy:
+    """A strategy that does the same to a prompt."""
+    policy = strategy.policy
+    if isinstance(policy, InfiniGen):
+        plain = InfiniGen()
+        policy = dataclasses.replace(policy, alpha=plain.alpha, budget=plain.budget, count=plain.count, group=plain.group)
+    if isinstance(policy, OracleTopK):
+        policy = OracleTopK()
+    return Strategy(policy, strategy.store)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _fed(decoder: Decoder, strategy: Strategy, params, kv: KVState, fed: Int[jax.Array, "B T"]):
+    """The tokens one by one, whatever is predicted.
+
+    Returns the logits after each, the state, and what the audit of the guesses found: by layer and measure, [T, B].
+    """
+    step = Decode(jnp.ones(fed.shape[0], bool), strategy)
+
+    def one(kv, token):
+        if not strategy.policy.speculates:
+            logits, kv = apply(decoder, params, token[:, None], kv, step)
+            return kv, (logits[:, 0], {})
+        audited: Any = decoder.apply(params, token[:, None], Audited(kv, {}), Audit(step))
+        logits, state = audited
+        return state.kv, (logits[:, 0], state.found)
+
+    kv, (logits, found) = jax.lax.scan(one, kv, fed.T)
+    return logits.swapaxes(0, 1), kv, found
+
+
+def _speculation(audits: Sequence[dict[int, Mapping[str, np.ndarray]]]) -> dict[str, Any]:
+    """Keys of the audit, over all batches; none for a policy that does not guess. `audits`: by layer and measure, [R, T]."""
+    layers = tuple(audits[0])
+    if not layers:
+        return {}
+    values = {name: np.stack([np.concatenate([found[i][name] for found in audits]) for i in layers]) for name in MEASURES}
+    return Speculation(layers, values).record()
+
+
+def _by_depth(test: recall.RecallTest, hit: np.ndarray) -> np.ndarray:
+    """What was answered, the shallowest fact first."""
+    return hit[np.argsort(test.depths)]

@@ -1,0 +1,70 @@
+"""Makes one page of a study: figures, tables, the ledger and downloads in a single HTML file that loads nothing.
+
+    python -m kvjax.report experiments/results/study_cpu
+    python -m kvjax.report runs/study --output=runs/study.html
+
+The directory is one that an experiment of experiments/study wrote: <experiment>/records.jsonl, about.json and
+figures, and STUDY.md where it was written. What is missing is left out, a torn record is skipped, and the page says so.
+"""
+
+import pathlib
+import sys
+from typing import NoReturn
+
+from absl import app, flags
+
+from kvjax.errors import InputError, KvjaxError
+from kvjax.report.html import page
+from kvjax.report.html_data import read
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Called once, when this module is the program."""
+    flags.DEFINE_string("output", None, "Where the page goes; default: report.html in the directory.")
+
+
+def run(directory: pathlib.Path, output: pathlib.Path | None = None) -> pathlib.Path:
+    """Writes the page of a results directory, whole or not at all. Raises InputError."""
+    results = read(directory)
+    path = output or directory / "report.html"
+    if path.is_dir():
+        raise InputError(f"--output={path} is a directory; name a file, such as {path / 'report.html'}")
+    part = path.with_name(path.name + ".part")
+    text = page(results)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text)
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    return path
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Sets FLAGS and returns what is no flag. A flag that is unknown ends the program like any other bad input."""
+    try:
+        return FLAGS(argv)
+    except flags.Error as error:
+        fail(" ".join(str(error).split()) + "; see --help")
+
+
+def fail(message: object) -> NoReturn:
+    print(f"kvjax: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main(argv: list[str]) -> None:
+    try:
+        if len(argv) != 2:
+            raise InputError("give one results directory: python -m kvjax.report RESULTS_DIR [--output=PAGE.html]")
+        path = run(pathlib.Path(argv[1]), pathlib.Path(FLAGS.output) if FLAGS.output else None)
+    except KvjaxError as error:
+        fail(error)
+    print(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB)")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,266 @@
+"""The cells of a study, read back: records by the setting they were measured in, repeats joined, samples paired.
+
+A results directory holds <experiment>/records.jsonl, a record a finished cell. A record under load has `max_num_seqs`; any other is
+offline, whole batches from start to end.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvjax.errors import InputError
+
+Record = dict[str, Any]
+
+REPEATS = ("repeat", "seed", "cell_id")
+"""What tells repeats of a point apart."""
+
+OF_STRATEGY = (
+    "strategy", "budget", "store", "policy", "spec", "transfer", "page_size", "calibration", "label", "currency", "target",
+    "audit", "quality", "host_memory", "limit",
+)  # fmt: skip
+"""What a cell may say about its strategy; the rest of it is the setting."""
+
+ALWAYS = ("sweep", "model_id", "dtype", "device_kind", "request_rate", "input_len", "output_len", "batch_size", "kv_memory")
+"""Part of a setting, whether or not the cell declares it."""
+
+LEAST_RUNS = 3
+"""Fewer repeats than these are not resampled whole; parts of them are."""
+
+
+def read_results(directory: pathlib.Path) -> list[Record]:
+    """The records of every experiment under a results directory; of a cell that was run again, the last.
+
+    A last line that was cut short is left out. Raises InputError where there is none.
+    """
+    files = sorted(directory.glob("*/records.jsonl")) if directory.is_dir() else []
+    found: dict[Any, Record] = {}
+    for file in files:
+        lines = file.read_text().splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                if number == len(lines):
+                    continue
+                raise InputError(f"{file}, line {number}, is not JSON; remove the line, and its cell is measured again") from None
+            if not isinstance(record, dict) or "strategy" not in record:
+                raise InputError(f"{file}, line {number}, is no record of a strategy; is this a directory that kvjax.sweep wrote?")
+            record.setdefault("sweep", file.parent.name)
+            cell = json.dumps(record["cell"], sort_keys=True) if "cell" in record else (str(file), number)
+            found[record["sweep"], cell] = record
+    if not found:
+        raise InputError(
+            f"no records under {directory}; it should hold <experiment>/records.jsonl, as `python -m experiments.study` writes"
+        )
+    return list(found.values())
+
+
+def under_load(record: Record) -> bool:
+    return "max_num_seqs" in record or "max_num_seqs" in record.get("cell", {})
+
+
+def value(record: Record, key: str) -> Any:
+    """What a record says of its setting: what its cell declares or, where it declares nothing, its own figure.
+
+    A record's own figure may be what came of the setting: `max_num_seqs` is what the memory had room for.
+    """
+    cell = record.get("cell", {})
+    if key == "model_id":
+        return record.get("model_id", cell.get("model"))
+    found = cell.get(key, record.get(key))
+    return _number(found) if key in ("request_rate", "input_len", "output_len", "batch_size") else found
+
+
+def name_of(strategy: str) -> str:
+    """The name a spec string begins with: `h2o` of `h2o(heavy=0.1,recent=0.1)+paged`."""
+    found = re.match(r"[^(+]+", strategy)
+    return found[0] if found else strategy
+
+
+def policy_of(strategy: str) -> str:
+    """A spec string without its store, which changes no answer: `full` of `vllm`, `full+paged` and `offload`."""
+    plain = {"vllm": "full", "offload": "full"}.get(strategy, strategy)
+    head, plus, store = plain.rpartition("+")
+    return head if plus and re.fullmatch(r"[a-z]+", store) and ")" not in store else plain
+
+
+def budget_of(record: Record) -> int | float | None:
+    """What a strategy may keep or read: the cell's budget, else the sum its spec string states; None for one that keeps all."""
+    amounts = budget_arguments(record["strategy"])
+    declared = record.get("cell", {}).get("budget")
+    if isinstance(declared, int | float) and not isinstance(declared, bool) and name_of(policy_of(record["strategy"])) != "full":
+        return float(declared) if all(isinstance(a, float) for a in amounts) else declared
+    if not amounts or len({isinstance(a, int) for a in amounts}) > 1:
+        return None
+    return round(sum(amounts), 6)
+
+
+BUDGETS = {"h2o": ("heavy", "recent"), "streaming": ("window",), "infinigen": ("budget",), "oracle_topk": ("k",)}
+"""Arguments that are budgets, of the policies kvjax has."""
+
+
+def budget_arguments(strategy: str) -> tuple[int | float, ...]:
+    """The budgets in a spec string: whole numbers are tokens, others fractions of the prompt."""
+    named = re.findall(r"(\w+)=([\d.]+(?:e-?\d+)?)(?=[,)])", strategy)
+    wanted = BUDGETS.get(name_of(strategy))
+    return tuple(_amount(text) for key, text in named if wanted is None or key in wanted)
+
+
+def scales(strategy: str) -> bool:
+    """Whether a budget grows with the prompt, so that the strategy is the same one at another length. One that keeps all does."""
+    if name_of(policy_of(strategy)) == "full":
+        return True
+    amounts = budget_arguments(strategy)
+    return bool(amounts) and all(isinstance(amount, float) for amount in amounts)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Point:
+    """One strategy in one setting, with all its repeats in order.
+
+    Attributes:
+      setting: what else it was measured under, by key; without what tells repeats apart and without the strategy.
+    """
+
+    strategy: str
+    budget: int | float | None
+    setting: tuple[tuple[str, Any], ...]
+    records: tuple[Record, ...]
+
+    @functools.cached_property
+    def setting_key(self) -> str:
+        return json.dumps(self.setting, sort_keys=True, default=str)
+
+    def get(self, key: str) -> Any:
+        return dict(self.setting).get(key)
+
+    def without(self, *keys: str) -> str:
+        """The setting but for these, to tell which points lie on one curve."""
+        return json.dumps([pair for pair in self.setting if pair[0] not in keys], sort_keys=True, default=str)
+
+    def mean(self, key: str) -> float | None:
+        """Over the repeats that have the figure."""
+        found = [r[key] for r in self.records if isinstance(r.get(key), int | float) and math.isfinite(r[key])]
+        return float(np.mean(found)) if found else None
+
+    def most(self, key: str) -> float | None:
+        found = [r[key] for r in self.records if isinstance(r.get(key), int | float) and math.isfinite(r[key])]
+        return float(max(found)) if found else None
+
+    def samples(self, name: str) -> np.ndarray | None:
+        """Of all repeats, those that are no number left out; None where there are none."""
+        found = [x for r in self.records for x in (r.get("samples") or {}).get(name, ()) if x is not None and math.isfinite(x)]
+        return np.array(found) if found else None
+
+    def paired_samples(self, other: "Point", name: str, least: int = 2) -> tuple[np.ndarray, np.ndarray, list[Any] | None] | None:
+        """This point's samples of a name, the other's, and the cluster of each pair; None where fewer than `least` stand side by side.
+
+        See `paired_values`. Times of an offline batch are one measurement, so its prompts are one cluster; their answers are independent.
+        """
+        timed = name.endswith("_ms") and not under_load(self.records[0])
+        return self.paired_values(other, lambda record: (record.get("samples") or {}).get(name) or (), timed, least)
+
+    def paired_values(
+        self, other: "Point", of: Callable[[Record], Sequence[float | None]], by_batch: bool = False, least: int = 2
+    ) -> tuple[np.ndarray, np.ndarray, list[Any] | None] | None:
+        """Values of both points, and the cluster of each pair; None where fewer than `least` clusters stand side by side.
+
+        Repeats are paired by their seed, values by their place; a pair with a number missing is left out. Clusters are the repeats where
+        there are `LEAST_RUNS` of them. With fewer they are blocks that follow each other of requests under load, batches with `by_batch`;
+        else prompts are independent (None).
+        """
+        theirs = {_repeat(r): r for r in other.records}
+        load, size = under_load(self.records[0]), self.get("batch_size") or 1
+        pairs: list[tuple[float, float]] = []
+        runs: list[Any] = []
+        parts: list[Any] = []
+        for record in self.records:
+            partner = theirs.get(_repeat(record))
+            mine, against = of(record), () if partner is None else of(partner)
+            if not mine or len(mine) != len(against):
+                continue
+            for part, a, b in zip(blocks(len(mine), size if by_batch else None), mine, against, strict=True):
+                if a is not None and b is not None and math.isfinite(a) and math.isfinite(b):
+                    pairs.append((a, b))
+                    runs.append(_repeat(record))
+                    parts.append((_repeat(record), part))
+        groups = runs if len(set(runs)) >= LEAST_RUNS else parts if load or by_batch else None
+        if len(pairs if groups is None else set(groups)) < least:
+            return None
+        return np.array([a for a, _ in pairs]), np.array([b for _, b in pairs]), groups
+
+    def paired_figures(self, other: "Point", figure: Callable[[Record], float | None]) -> tuple[np.ndarray, np.ndarray] | None:
+        """A figure of each run beside the other's, repeat by repeat; None for fewer than two runs."""
+        theirs = {_repeat(r): figure(r) for r in other.records}
+        both = [(figure(r), theirs.get(_repeat(r))) for r in self.records]
+        pairs = [(a, b) for a, b in both if a is not None and b is not None]
+        if len(pairs) < 2:
+            return None
+        return np.array([a for a, _ in pairs], float), np.array([b for _, b in pairs], float)
+
+
+def points(records: Iterable[Record]) -> list[Point]:
+    """The finished records, repeats joined, in the order settings and strategies first appear."""
+    found: dict[str, list[Record]] = {}
+    settings: dict[str, tuple[tuple[str, Any], ...]] = {}
+    for record in records:
+        if record.get("outcome", "done") != "done" or record.get("complete") is False:
+            continue
+        setting = setting_of(record)
+        key = json.dumps([record["strategy"], budget_of(record), setting], default=str)
+        found.setdefault(key, []).append(record)
+        settings[key] = setting
+    joined = []
+    for key, repeats in found.items():
+        repeats.sort(key=lambda r: str(_repeat(r)))
+        joined.append(Point(repeats[0]["strategy"], budget_of(repeats[0]), settings[key], tuple(repeats)))
+    return joined
+
+
+def setting_of(record: Record) -> tuple[tuple[str, Any], ...]:
+    """What a record was measured under, but for its strategy and its repeat; pairs in the order of their keys."""
+    declared = {key: value(record, key) for key in record.get("cell", {}) if key not in (*REPEATS, *OF_STRATEGY, "model")}
+    declared |= {key: value(record, key) for key in ALWAYS}
+    declared["under_load"] = under_load(record)
+    return tuple(sorted((key, _frozen(what)) for key, what in declared.items()))
+
+
+def _frozen(what: Any) -> Any:
+    return json.dumps(what) if isinstance(what, list | dict) else what
+
+
+def _repeat(record: Record) -> Any:
+    cell = record.get("cell", {})
+    return (cell.get("repeat", 0), cell.get("seed", record.get("seed")))
+
+
+def _amount(text: str) -> int | float:
+    return int(text) if text.isdigit() else float(text)
+
+
+def _number(what: Any) -> Any:
+    """`"256"` as 256, `"inf"` as infinity; a distribution stays text."""
+    if not isinstance(what, str):
+        return what
+    try:
+        found = float(what)
+    except ValueError:
+        return what
+    return int(found) if math.isfinite(found) and found == int(found) else found
+
+
+def blocks(count: int, size: int | None = None) -> list[int]:
+    """Clusters of consecutive samples, by default about the square root of their number long.
+
+    Requests that follow each other meet the same queue; a block keeps them together (the non-overlapping block bootstrap).
+    """
+    length = size or max(1, round(math.sqrt(count)))
+    return [index // length for index in range(count)]
