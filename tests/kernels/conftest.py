@@ -3,6 +3,10 @@
 import os
 import secrets
 
+# A kernel of several threads is as many executions inside one, each of which holds a thread of XLA's pool while it waits for the others:
+# with a pool as large as two cores they wait for ever.
+os.environ.setdefault("NPROC", "16")
+
 import numpy as np
 import pytest
 
