@@ -13,7 +13,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -22,6 +22,7 @@ from rich.console import Console
 
 from experiments.claims import BUDGET, CLAIMS, Claim, Evidence, Finding
 from kvjax.advise import OutsideData, advise, recommendations, usual_needs
+from kvjax.command import fail, parse_flags
 from kvjax.errors import KvjaxError, SpecError
 from kvjax.models.config import preset
 from kvjax.report.cells import Record, budget_of, name_of, read_results, setting_of
@@ -262,19 +263,6 @@ def run(console: Console) -> bool:
     for claim in CLAIMS:
         console.print(f"  {claim.title}: {claim.test(evidence).verdict}", highlight=False)
     return whole
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Sets FLAGS and returns what is no flag. A flag that is unknown or out of range ends the program like any other bad input."""
-    try:
-        return FLAGS(argv)
-    except flags.Error as error:
-        fail(" ".join(str(error).split()) + "; see --help")
-
-
-def fail(message: object) -> NoReturn:
-    print(f"kvjax: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def main(argv: list[str]) -> None:

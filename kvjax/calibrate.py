@@ -22,8 +22,7 @@ import functools
 import hashlib
 import os
 import pathlib
-import sys
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +33,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.cache import Strategy
 from kvjax.cache.attention import prompt_attention
+from kvjax.command import fail, parse_flags
 from kvjax.errors import InputError, KvjaxError, ModelError, SpecError
 from kvjax.models import Decoder, Model, ModelConfig, load_model
 from kvjax.models.checkpoint import MARKER_FILE
@@ -423,19 +423,6 @@ def run() -> None:
     for layer, (query, key, skewed_query, skewed_key) in enumerate(shares):
         print(f"{layer:<8}{query:>12.1%}{skewed_query:>8.1%}{key:>14.1%}{skewed_key:>8.1%}")
     print(f"\nwrote {directory}")
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Sets FLAGS and returns what is no flag. A flag that is unknown, missing or out of range ends the program like any other bad input."""
-    try:
-        return FLAGS(argv)
-    except flags.Error as error:
-        fail(" ".join(str(error).split()) + "; see --help")
-
-
-def fail(message: object) -> NoReturn:
-    print(f"kvjax: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def main(argv: list[str]) -> None:

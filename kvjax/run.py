@@ -31,7 +31,7 @@ import os
 import pathlib
 import sys
 import tempfile
-from typing import Any, NoReturn
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -43,6 +43,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from kvjax import calibrate
 from kvjax.cache import STORES, DenseStore, Full, HostStore, PagedStore, Strategy, parse_strategy, split_specs
 from kvjax.cache.stores import TRANSFERS
+from kvjax.command import fail, parse_flags
 from kvjax.engine import load, metrics, offline, serve
 from kvjax.engine.engine import Engine
 from kvjax.errors import InputError, KvjaxError, SpecError
@@ -402,19 +403,6 @@ def profile_strategies(
             generate(prepared, prompts, strategy=strategy, steps_per_call=steps, **settings)
         found.append(show_profile(directory, strategy, console))
     return found
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Sets FLAGS and returns what is no flag. A flag that is unknown or out of range ends the program like any other bad input."""
-    try:
-        return FLAGS(argv)
-    except flags.Error as error:
-        fail(" ".join(str(error).split()) + "; see --help")
-
-
-def fail(message: object) -> NoReturn:
-    print(f"kvjax: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def main(argv: list[str]) -> None:

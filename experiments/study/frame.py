@@ -13,13 +13,14 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import app, flags, logging
 from rich.console import Console
 
+from kvjax.command import fail, parse_flags
 from kvjax.errors import KvjaxError, SpecError
 from kvjax.report import figures
 from kvjax.report.figures import Panel
@@ -263,16 +264,3 @@ def chosen(experiments: Sequence[Experiment]) -> list[Experiment]:
     if unknown := [name for name in flags.FLAGS.only if name not in by_name]:
         raise SpecError(f"--only={unknown[0]}: no such experiment; choose from {', '.join(by_name)}")
     return [by_name[name] for name in flags.FLAGS.only]
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Sets FLAGS and returns what is no flag. A flag that is unknown or out of range ends the program like any other bad input."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        fail(" ".join(str(error).split()) + "; see --help")
-
-
-def fail(message: object) -> NoReturn:
-    print(f"kvjax: {message}", file=sys.stderr)
-    sys.exit(2)

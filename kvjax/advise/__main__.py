@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import sys
-from typing import NoReturn
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvjax.advise import OBJECTIVES, Advice, Needs, OutsideData, advise, recommendations
+from kvjax.command import fail, parse_flags
 from kvjax.engine.memory import parse_memory
 from kvjax.errors import KvjaxError, SpecError
 from kvjax.report.cells import read_results
@@ -110,19 +110,6 @@ def run() -> None:
         print(json.dumps(found.record()))
     else:
         show(found, Console(width=None if sys.stdout.isatty() else 150))
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Sets FLAGS and returns what is no flag. A flag that is unknown or out of range ends the program like any other bad input."""
-    try:
-        return FLAGS(argv)
-    except flags.Error as error:
-        fail(" ".join(str(error).split()) + "; see --help")
-
-
-def fail(message: object, code: int = 2) -> NoReturn:
-    print(f"kvjax: {message}", file=sys.stderr)
-    sys.exit(code)
 
 
 def main(argv: list[str]) -> None:

@@ -17,7 +17,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -28,6 +27,7 @@ from rich.table import Table
 
 from kvjax.cache import parse_strategy, split_specs
 from kvjax.cache.stores import TRANSFERS
+from kvjax.command import fail, parse_flags
 from kvjax.errors import KvjaxError, SpecError
 from kvjax.models.config import preset
 from kvjax.models.load import DTYPES
@@ -251,19 +251,6 @@ def fit_table() -> Iterator[str]:
                 context = largest(model, lambda n, s=setting: s.resized(s.batch, n), available, least=2, unit=64)  # type: ignore[misc]
                 cells += [str(answer.size) if answer.size else "none" for answer in (batch, context)]
             yield f"| {' | '.join(cells)} |"
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Sets FLAGS and returns what is no flag. A flag that is unknown or out of range ends the program like any other bad input."""
-    try:
-        return FLAGS(argv)
-    except flags.Error as error:
-        fail(" ".join(str(error).split()) + "; see --help")
-
-
-def fail(message: object) -> NoReturn:
-    print(f"kvjax: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def main(argv: list[str]) -> None:

@@ -8,11 +8,10 @@ figures, and STUDY.md where it was written. What is missing is left out, a torn 
 """
 
 import pathlib
-import sys
-from typing import NoReturn
 
 from absl import app, flags
 
+from kvjax.command import fail, parse_flags
 from kvjax.errors import InputError, KvjaxError
 from kvjax.report.html import page
 from kvjax.report.html_data import read
@@ -40,19 +39,6 @@ def run(directory: pathlib.Path, output: pathlib.Path | None = None) -> pathlib.
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
     return path
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Sets FLAGS and returns what is no flag. A flag that is unknown ends the program like any other bad input."""
-    try:
-        return FLAGS(argv)
-    except flags.Error as error:
-        fail(" ".join(str(error).split()) + "; see --help")
-
-
-def fail(message: object) -> NoReturn:
-    print(f"kvjax: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def main(argv: list[str]) -> None:
