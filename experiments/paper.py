@@ -11,6 +11,7 @@ recommendations are computed from the records (experiments/claims.py); nothing i
 import json
 import os
 import pathlib
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from kvjax.advise import OutsideData, advise, recommendations, usual_needs
 from kvjax.command import fail, parse_flags
 from kvjax.errors import KvjaxError, SpecError
 from kvjax.models.config import preset
-from kvjax.report.cells import Record, budget_of, name_of, read_results, setting_of
+from kvjax.report.cells import Record, budget_of, name_of, points, read_results, setting_of
 from kvjax.report.statistics import explain, regret, step_weight_bytes
 
 FLAGS = flags.FLAGS
@@ -168,11 +169,12 @@ def regrets(records: Sequence[Record]) -> list[str]:
 
 def speedups(records: Sequence[Record]) -> list[str]:
     """Measured speedups over the full cache at the same batch, beside what the bytes account for."""
-    full = {(r["sweep"], setting_of(r), _repeat(r)): r for r in _offline(records) if name_of(r["strategy"]) == "full"}
+    joined = _offline(records)
+    full = {(r["sweep"], setting_of(r)): r for r in joined if name_of(r["strategy"]) == "full"}
     lines = []
-    for record in _offline(records):
-        baseline = full.get((record["sweep"], setting_of(record), _repeat(record)))
-        if baseline is None or baseline is record or _repeat(record) or budget_of(record) not in (None, BUDGET):
+    for record in joined:
+        baseline = full.get((record["sweep"], setting_of(record)))
+        if baseline is None or baseline is record or budget_of(record) not in (None, BUDGET):
             continue
         try:
             weights = step_weight_bytes(preset(record["model_id"]), record["dtype"])
@@ -198,7 +200,7 @@ def speedups(records: Sequence[Record]) -> list[str]:
     ]
     return [
         "Time per token over the full cache's, and what reading fewer bytes would give if nothing else took time. Weights are read once a",
-        "step and shared by its rows. First repeat alone; what bytes do not explain is arithmetic, bookkeeping and launches.",
+        "step and shared by its rows. Times are medians over repeats; what bytes do not explain is arithmetic and overhead.",
         "",
         "| " + " | ".join(heads) + " |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
@@ -207,12 +209,13 @@ def speedups(records: Sequence[Record]) -> list[str]:
 
 
 def _offline(records: Iterable[Record]) -> list[Record]:
+    """What was timed offline, a record a cell: the first repeat's with the median time per token of all."""
     keys = ("mean_tpot_ms", "kv_bytes_read_per_token", "batch_size")
-    return [r for r in records if r.get("outcome", "done") == "done" and "max_num_seqs" not in r and all(r.get(key) for key in keys)]
-
-
-def _repeat(record: Record) -> int:
-    return record.get("cell", {}).get("repeat", 0)
+    timed = [r for r in records if "max_num_seqs" not in r and all(r.get(key) for key in keys)]
+    return [
+        {**point.records[0], "mean_tpot_ms": statistics.median(record["mean_tpot_ms"] for record in point.records)}
+        for point in points(timed)
+    ]
 
 
 def experiments(about: dict[str, dict[str, Any]], directory: pathlib.Path) -> list[str]:

@@ -128,7 +128,7 @@ EXPERIMENT = Experiment(
     full=dict(
         model="kvjax-4m", strategies=("full", "vllm", "h2o", "infinigen"), batches=(2, 8, 32),
         equal=("full", "streaming", "h2o", "h2o+paged", "infinigen"), served=("full", "vllm", "h2o+paged"),
-        memory=("4MiB", "16MiB"), repeats=2, input_len=256, output_len=48, num_facts=6, budget=0.2, serve_input=256, serve_output=128,
+        memory=("4MiB", "16MiB"), repeats=5, input_len=256, output_len=48, num_facts=6, budget=0.2, serve_input=256, serve_output=128,
         num_requests=32, max_num_seqs=32, prefill_chunk=256,
     ),
     cells=cells,

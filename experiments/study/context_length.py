@@ -45,7 +45,7 @@ EXPERIMENT = Experiment(
         num_facts=4, budget=0.2,
     ),
     full=dict(
-        model="kvjax-4m", strategies=("full", "vllm", "h2o", "h2o+paged", "infinigen"), lengths=(128, 256, 512, 1024, 1920), repeats=2,
+        model="kvjax-4m", strategies=("full", "vllm", "h2o", "h2o+paged", "infinigen"), lengths=(128, 256, 512, 1024, 1920), repeats=5,
         num_prompts=4, batch_size=4, output_len=48, num_facts=6, budget=0.2,
     ),
     cells=cells,

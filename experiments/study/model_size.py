@@ -60,7 +60,7 @@ EXPERIMENT = Experiment(
     ),
     full=dict(
         models=(("kvjax-1m", None), ("kvjax-4m", None), ("bench-32m", 4), ("bench-32m", None), ("opt-125m", 4)),
-        strategies=("full", "vllm", "streaming", "h2o", "infinigen"), repeats=2, num_prompts=4, batch_size=4, input_len=512, output_len=48,
+        strategies=("full", "vllm", "streaming", "h2o", "infinigen"), repeats=5, num_prompts=4, batch_size=4, input_len=512, output_len=48,
         num_facts=4, budget=0.2, scratch=True,
     ),
     cells=cells,

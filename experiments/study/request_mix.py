@@ -79,7 +79,7 @@ EXPERIMENT = Experiment(
             "mixed": dict(input_len="uniform(32,896)", output_len="uniform(32,128)"),
             "shared prefix": dict(input_len="uniform(544,640)", output_len="uniform(32,128)", shared_prefix=512),
         },
-        repeats=2, num_prompts=32, request_rate=8, kv_memory="16MiB", max_num_seqs=32, prefill_chunk=256, budget=0.2, max_model_len=1024,
+        repeats=5, num_prompts=32, request_rate=8, kv_memory="16MiB", max_num_seqs=32, prefill_chunk=256, budget=0.2, max_model_len=1024,
     ),
     cells=cells,
     figures=(

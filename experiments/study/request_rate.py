@@ -69,7 +69,7 @@ EXPERIMENT = Experiment(
         kv_memory="2MiB", max_num_seqs=4, prefill_chunk=32, goodput="ttft:200,tpot:20", budget=0.2, max_model_len=128,
     ),
     full=dict(
-        model="kvjax-4m", strategies=("full", "vllm", "h2o", "h2o+paged", "infinigen"), rates=(4, 8, 12, 16, "inf"), repeats=3,
+        model="kvjax-4m", strategies=("full", "vllm", "h2o", "h2o+paged", "infinigen"), rates=(4, 8, 12, 16, "inf"), repeats=5,
         num_prompts=32, input_len=256, output_len=128, kv_memory="16MiB", max_num_seqs=32, prefill_chunk=256,
         goodput="ttft:500,tpot:20", budget=0.2,
     ),

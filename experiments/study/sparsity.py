@@ -86,7 +86,7 @@ EXPERIMENT = Experiment(
     ),
     full=dict(
         model="kvjax-4m", strategies=("full", "offload", "streaming", "h2o", "infinigen", "oracle_topk"),
-        budgets=(0.05, 0.1, 0.2, 0.4, 0.7, 1.0), repeats=3, num_prompts=8, batch_size=8, input_len=480, output_len=48, num_facts=6,
+        budgets=(0.05, 0.1, 0.2, 0.4, 0.7, 1.0), repeats=5, num_prompts=8, batch_size=8, input_len=480, output_len=48, num_facts=6,
     ),
     cells=cells,
     figures=(

@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import gc
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
@@ -41,6 +42,10 @@ ENGINES = 12
 """Kept at most."""
 
 WARM_UP_REQUESTS = 2
+
+CROWDED = 0.5
+"""Of the memory maps that the system allows a process: from here on a bench lets go of its compiled programs. Each of XLA's takes several,
+and a process that runs out of them dies of a segmentation fault."""
 
 
 class Declared:
@@ -185,7 +190,7 @@ def parse(cell: Cell) -> Offline | Load | Quality:
 class Bench:
     """Measures cells, and keeps what takes long to make for the next: models, calibrations, prompts, references, engines.
 
-    Compiled programs are jax's to keep; cells in the order of `in_turns` find them still there.
+    Compiled programs are jax's to keep, until there are very many (`CROWDED`); cells in the order of `in_turns` find them still there.
     """
 
     def __init__(self, models: dict[str, Model] | None = None):
@@ -200,6 +205,8 @@ class Bench:
 
     def __call__(self, cell: Cell) -> Record:
         declared = parse(cell)
+        if maps_in_use() > CROWDED:
+            self.clear()
         try:
             if isinstance(declared, Offline):
                 return self.offline(declared)
@@ -353,6 +360,16 @@ class Bench:
             return made
 
         return make() if cell.prefix_caching else self._engines.get(key, make)
+
+
+def maps_in_use() -> float:
+    """Of the memory maps that a process may have, the share that this one has; 0 where the system does not say."""
+    try:
+        most = int(pathlib.Path("/proc/sys/vm/max_map_count").read_text())
+        with pathlib.Path("/proc/self/maps").open("rb") as maps:
+            return sum(1 for _ in maps) / most
+    except (OSError, ValueError):
+        return 0.0
 
 
 class Kept[T]:

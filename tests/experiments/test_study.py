@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 from rich.console import Console
 
@@ -16,7 +17,7 @@ from experiments.study.__main__ import EXPERIMENTS
 from kvjax.cache import parse_strategy
 from kvjax.engine.memory import parse_memory
 from kvjax.errors import KvjaxError, MemoryLimitError, SpecError
-from kvjax.sweep import cell_id, in_turns
+from kvjax.sweep import cell_id, in_turns, measures
 from kvjax.sweep.measures import Bench, Load, Offline, Quality, parse, strategy_in
 
 QUIET = Console(quiet=True)
@@ -181,6 +182,26 @@ def test_measures_from_end_to_end_on_a_tiny_model(tmp_path, byte_model):
         assert record["max_num_seqs"] == 2
     assert (slow["request_rate"], at_once["request_rate"]) == (200, "inf")
     assert len(bench._engines._made) == 1  # kept for the other rate, and none for what does not fit
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="the system does not say")
+def test_a_bench_lets_go_of_its_programs_before_the_maps_run_out(monkeypatch, byte_model):
+    bench = Bench({"bytes": byte_model})
+    cell = Quality("h2o(heavy=8,recent=8)", model="bytes", num_prompts=2, batch_size=2, input_len=72, num_facts=4).cell()
+    before = bench(cell)
+    kept = jax.jit(lambda x: x + 1)
+    kept(1.0)
+    assert kept._cache_size() == 1
+    in_use = measures.maps_in_use()
+    assert 0 < in_use < 1
+    monkeypatch.setattr(measures, "CROWDED", in_use / 2)
+    after = bench(cell)
+    assert kept._cache_size() == 0
+    assert after["samples"] == before["samples"]
+    kept(1.0)
+    monkeypatch.setattr(measures, "CROWDED", 1.0)
+    bench(cell)
+    assert kept._cache_size() == 1
 
 
 def test_another_model_takes_the_place_of_the_first(byte_model, opt_model):
