@@ -47,17 +47,18 @@ def cells(
     target = cost(Strategy(Full()), "device_bytes", Sizes(shape_of(preset(model)), min(batches), input_len, output_len, reserve))
     found: list[Cell] = []
     for repeat in range(repeats):
+        scratch = True if repeat == 0 else None
         found += [
             Offline(
                 name, model, budgeted(name, budget), num_prompts=batch, batch_size=batch, input_len=input_len, output_len=output_len,
-                num_facts=num_facts, case=BATCH, repeat=repeat,
+                num_facts=num_facts, scratch=scratch, case=BATCH, repeat=repeat,
             ).cell()
             for batch in batches for name in strategies
         ]  # fmt: skip
         found += [
             Offline(
                 name, model, num_prompts=batch, batch_size=batch, input_len=input_len, output_len=output_len, num_facts=num_facts,
-                currency="device_bytes", target=int(target), case=EQUAL, repeat=repeat,
+                currency="device_bytes", target=int(target), scratch=scratch, case=EQUAL, repeat=repeat,
             ).cell()
             for batch in batches for name in equal
         ]  # fmt: skip

@@ -17,7 +17,7 @@ def cells(
     return [
         Offline(
             strategy, model, budgeted(strategy, budget), num_prompts=num_prompts, batch_size=batch_size, input_len=length,
-            output_len=output_len, num_facts=num_facts, repeat=repeat,
+            output_len=output_len, num_facts=num_facts, scratch=True if repeat == 0 else None, repeat=repeat,
         ).cell()
         for repeat in range(repeats) for length in lengths for strategy in strategies
     ]  # fmt: skip

@@ -3,6 +3,9 @@
     python -m kvjax.report experiments/results/study_cpu
     python -m kvjax.report runs/study --output=runs/study.html
 
+Figures that are the page's own are also written beside it, as PNG and SVG (report-pareto.png, report-ledger.svg); the others lie with
+their experiments.
+
 The directory is one that an experiment of experiments/study wrote: <experiment>/records.jsonl, about.json and
 figures, and STUDY.md where it was written. What is missing is left out, a torn record is skipped, and the page says so.
 """
@@ -25,16 +28,15 @@ def define_flags() -> None:
 
 
 def run(directory: pathlib.Path, output: pathlib.Path | None = None) -> pathlib.Path:
-    """Writes the page of a results directory, whole or not at all. Raises InputError."""
+    """Writes the page of a results directory, whole or not at all, and its own figures beside it. Raises InputError."""
     results = read(directory)
     path = output or directory / "report.html"
     if path.is_dir():
         raise InputError(f"--output={path} is a directory; name a file, such as {path / 'report.html'}")
     part = path.with_name(path.name + ".part")
-    text = page(results)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text)
+        part.write_text(page(results, path.with_suffix("")))
         part.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None

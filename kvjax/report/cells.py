@@ -24,9 +24,9 @@ REPEATS = ("repeat", "seed", "cell_id")
 
 OF_STRATEGY = (
     "strategy", "budget", "store", "policy", "spec", "transfer", "page_size", "calibration", "label", "currency", "target",
-    "audit", "quality", "host_memory", "limit",
+    "audit", "quality", "scratch", "host_memory", "limit",
 )  # fmt: skip
-"""What a cell may say about its strategy; the rest of it is the setting."""
+"""What a cell may say about its strategy, and what else is measured of it; the rest is the setting."""
 
 ALWAYS = ("sweep", "model_id", "dtype", "device_kind", "request_rate", "input_len", "output_len", "batch_size", "kv_memory")
 """Part of a setting, whether or not the cell declares it."""

@@ -242,7 +242,7 @@ class _Places:
         if self.names and not self.numbers:
             axis.set_xlim(-0.6, len(self.names) - 0.4)
             if sum(map(len, self.names)) > 24:
-                axis.tick_params(axis="x", labelrotation=20)
+                axis.tick_params(axis="x", labelrotation=30)
                 for text in axis.get_xticklabels():
                     text.set(ha="right", rotation_mode="anchor")
         elif len(self.numbers) > 1 and not self.names:
@@ -258,10 +258,11 @@ class _Places:
         if not self.numbers:
             return []
         where = [math.log(n) for n in self.numbers] if self.scale == "log" else self.numbers
-        gap = 0.085 * (where[-1] - where[0])
+        widths = [0.035 * len(_tick(n)) for n in self.numbers]  # of the axis, in a grid of three columns
         kept = [0]
         for index in range(1, len(where)):
-            if where[index] - where[kept[-1]] >= gap:
+            gap = max(0.085, 0.01 + (widths[index] + widths[kept[-1]]) / 2)
+            if where[index] - where[kept[-1]] >= gap * (where[-1] - where[0]):
                 kept.append(index)
         return [self.numbers[i] for i in kept]
 

@@ -33,11 +33,17 @@ SETTING = (
 )  # fmt: skip
 
 
-def page(results: Results) -> str:
-    """The page. The same directory gives the same text."""
+def page(results: Results, stem: pathlib.Path | None = None) -> str:
+    """The page. The same directory gives the same text.
+
+    Args:
+      stem: figures that no experiment has, drawn across them, are written to <stem>-pareto.svg, <stem>-ledger.png and so on, too.
+
+    Raises OSError where they cannot be written.
+    """
     notes = list(results.notes)
     sections = [_experiment(experiment, notes) for experiment in results.experiments]
-    derived = _derived(results)
+    derived = _derived(results, stem)
     study, headings = _study(results, notes) if results.study else ("", [])
     contents: list[tuple[str, str, Sequence[tuple[str, str]]]] = [("overview", "Overview", [])]
     contents += [(name, title, []) for name, title, _ in derived]
@@ -204,6 +210,7 @@ def _svg(experiment: Experiment, figure: Figure) -> str:
 
 
 def _drawn(draw: Callable[[pathlib.Path], None]) -> str:
+    """The SVG of what is drawn and not kept."""
     with tempfile.TemporaryDirectory() as directory:
         stem = pathlib.Path(directory) / "figure"
         draw(stem)
@@ -223,7 +230,7 @@ def _command(command: str) -> str:
 # --------------------------------------------------------------------------------------------- what is drawn from all the experiments
 
 
-def _derived(results: Results) -> list[tuple[str, str, str]]:
+def _derived(results: Results, stem: pathlib.Path | None) -> list[tuple[str, str, str]]:
     """Quality against latency, and the ledger: each from the experiment and setting that has most strategies. (id, title, section)."""
     found = []
     for quality in ("task_recall", "fidelity_kld_mean"):
@@ -233,7 +240,7 @@ def _derived(results: Results) -> list[tuple[str, str, str]]:
                 "A point is a strategy at a budget; its area is the memory of the cache on the device. Ringed points lie on the front, "
                 "where no other is both faster and better. Point at one to see its name and figures."
             )
-            found.append(_across("pareto", "Quality against latency", question, caption, chosen, figures.pareto, results))
+            found.append(_across("pareto", "Quality against latency", question, caption, chosen, figures.pareto, results, stem))
             break
     if (chosen := _widest(results, ("kv_device_live_bytes",), many=False)) is not None:
         question = "What does each strategy allocate, in which memory, and for what?"
@@ -243,16 +250,22 @@ def _derived(results: Results) -> list[tuple[str, str, str]]:
         if len(shown) < len(records):
             caption += " Of a strategy that was measured at several budgets, one is shown."
         chosen = experiment, setting, shown
-        found.append(_across("ledger", "Where the bytes are", question, caption, chosen, figures.ledger, results))
+        found.append(_across("ledger", "Where the bytes are", question, caption, chosen, figures.ledger, results, stem))
     return found
 
 
-def _across(name: str, title: str, question: str, caption: str, chosen, draw, results: Results) -> tuple[str, str, str]:
+def _across(
+    name: str, title: str, question: str, caption: str, chosen, draw, results: Results, stem: pathlib.Path | None
+) -> tuple[str, str, str]:
     experiment, setting, records = chosen
     command = f"python -m kvjax.report {_where(results.directory)}"
-    image = _figure(
-        _drawn(lambda stem: draw(records, stem, formats=("svg",))), name, f"From “{experiment.title}”: {setting}. {caption}", command
-    )
+    if stem is None:
+        svg = _drawn(lambda where: draw(records, where, formats=("svg",)))
+    else:
+        kept = stem.with_name(f"{stem.name}-{name}")
+        draw(records, kept)
+        svg = kept.with_name(kept.name + ".svg").read_text()
+    image = _figure(svg, name, f"From “{experiment.title}”: {setting}. {caption}", command)
     head = f'<p class="eyebrow">Across strategies</p><h2><a class="anchor" href="#{name}">{title}</a></h2>'
     return name, title, f'<section id="{name}">{head}<p class="question">{question}</p>{image}</section>'
 

@@ -174,6 +174,9 @@ def test_the_same_directory_gives_the_same_bytes(tmp_path):
         made_study.model_size(tmp_path / name)
     once, again = run(tmp_path / "one", tmp_path / "a.html"), run(tmp_path / "one", tmp_path / "b.html")
     assert once.read_bytes() == again.read_bytes()
+    for name in ("pareto", "ledger"):
+        assert (tmp_path / f"a-{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / f"a-{name}.svg").read_bytes() == (tmp_path / f"b-{name}.svg").read_bytes()
     other = run(tmp_path / "two", tmp_path / "c.html").read_text()
     assert other == once.read_text().replace("kvjax.report one", "kvjax.report two")
     assert str(tmp_path) not in other
