@@ -15,12 +15,11 @@ import pytest
 from kvjax import InputError, KvjaxError, Sampling, SpecError, generate, load_model
 from kvjax.cache import parse_strategy
 from kvjax.cache.ledger import nbytes
-from kvjax.engine import engine as engine_module
 from kvjax.engine import programs
 from kvjax.engine.engine import Engine, RequestRefused
 from kvjax.engine.memory import parse_memory
 from kvjax.engine.scheduler import Status
-from kvjax.models import Model, parameters
+from kvjax.models import Model
 
 POLICIES = [
     "full",
@@ -48,22 +47,12 @@ LONGEST = 224
 HARMFUL = 251  # the token whose embedding is not finite in some tests
 
 
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """One program for decoding and one for prefill in each engine, since compiling is what takes the time; `monkeypatch.undo()` ends it."""
-    bucket = engine_module._bucket
-    monkeypatch.setattr(engine_module, "SMALLEST_CHUNK", 32)
-    monkeypatch.setattr(engine_module, "SMALLEST_CONTEXT", 256)
-    monkeypatch.setattr(engine_module, "_bucket", lambda count, least, most: most if least == 1 else bucket(count, least, most))
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 
 @pytest.fixture(scope="module")
-def model(byte_model) -> Model:
-    """Random weights so large that every token of a context changes all that follow; a trained model would fall into loops."""
-    config = dataclasses.replace(byte_model.config, tie_embeddings=False)
-    params = jax.tree.map(lambda x: 3 * x if x.ndim == 2 else x, parameters.random(config))
-    params["params"] |= {name: 16 * params["params"][name] for name in ("embed", "lm_head")}
-    return Model(config, params, byte_model.tokenizer)
+def model(restless) -> Model:
+    return restless()
 
 
 @pytest.fixture(scope="module")

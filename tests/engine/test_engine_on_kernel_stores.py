@@ -1,8 +1,5 @@
 """The engine over the stores of a card, here with the operations' XLA forms: the tokens are those of each request alone on a CPU."""
 
-import dataclasses
-
-import jax
 import numpy as np
 import pytest
 
@@ -11,8 +8,7 @@ from kvjax.cache import H2O, DenseStore, Full, Policy, Strategy
 from kvjax.cache.ledger import nbytes
 from kvjax.cache.stores import KernelDenseStore, KernelHostStore, KernelPagedStore, Store
 from kvjax.calibrate import calibrated
-from kvjax.engine import engine as engine_module
-from kvjax.models import Model, parameters
+from kvjax.models import Model
 
 PAGES = KernelPagedStore(16)
 LENGTHS = ((1, 30), (150, 12), (7, 40), (64, 17), (48, 40))  # prompt and max_tokens
@@ -24,22 +20,12 @@ CASES: list[tuple[Policy, Store, bool]] = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """One program for decoding and few for prefill in each engine, since compiling is what takes the time."""
-    bucket = engine_module._bucket
-    monkeypatch.setattr(engine_module, "SMALLEST_CHUNK", 32)
-    monkeypatch.setattr(engine_module, "SMALLEST_CONTEXT", 256)
-    monkeypatch.setattr(engine_module, "_bucket", lambda count, least, most: most if least == 1 else bucket(count, least, most))
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 
 @pytest.fixture(scope="module")
-def model(byte_model) -> Model:
-    """Weights so large that every token of a context changes all that follow."""
-    config = dataclasses.replace(byte_model.config, tie_embeddings=False)
-    params = jax.tree.map(lambda x: 3 * x if x.ndim == 2 else x, parameters.random(config))
-    params["params"] |= {name: 16 * params["params"][name] for name in ("embed", "lm_head")}
-    return Model(config, params, byte_model.tokenizer)
+def model(restless) -> Model:
+    return restless()
 
 
 @pytest.mark.parametrize(("policy", "store", "shares"), CASES, ids=[f"{p.describe()}-{s.name}" for p, s, _ in CASES])

@@ -1,6 +1,5 @@
 """The engine over a pool in host memory: tokens do not depend on the company, on preemption, or on swaps; memory is given back."""
 
-import dataclasses
 import functools
 import re
 from typing import Any
@@ -13,34 +12,24 @@ import pytest
 from kvjax import Engine, SpecError, generate
 from kvjax.cache import Strategy, parse_strategy
 from kvjax.calibrate import Calibration, calibrate, calibrated
-from kvjax.engine import engine as engine_module
 from kvjax.engine import programs
 from kvjax.engine.load import Load, Request
 from kvjax.engine.serve import serve
 from kvjax.errors import KvjaxError
-from kvjax.models import Model, parameters
+from kvjax.models import Model
 
 INFINIGEN, POOLED = "infinigen(alpha=2,partial=0.3,budget=0.3)", "infinigen(alpha=2,partial=0.3,budget=0.3,pool=30)"
 SPECS = [("full", "jit"), ("h2o(heavy=8,recent=8)", "jit"), (INFINIGEN, "jit"), (INFINIGEN, "device"), (POOLED, "jit")]
 LENGTHS = ((1, 40), (180, 12), (7, 60), (33, 1), (64, 17), (100, 8), (50, 30))  # prompt and max_tokens
 
 
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """One program for decoding and few for prefill in each engine, since compiling is what takes the time."""
-    bucket = engine_module._bucket
-    monkeypatch.setattr(engine_module, "SMALLEST_CHUNK", 32)
-    monkeypatch.setattr(engine_module, "SMALLEST_CONTEXT", 256)
-    monkeypatch.setattr(engine_module, "_bucket", lambda count, least, most: most if least == 1 else bucket(count, least, most))
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 
 @pytest.fixture(scope="module")
-def model(byte_model) -> Model:
-    """Four layers, two of which speculate; weights so large that every token of a context changes all that follow."""
-    config = dataclasses.replace(byte_model.config, num_layers=4, tie_embeddings=False)
-    params = jax.tree.map(lambda x: 3 * x if x.ndim == 2 else x, parameters.random(config))
-    params["params"] |= {name: 16 * params["params"][name] for name in ("embed", "lm_head")}
-    return Model(config, params, byte_model.tokenizer)
+def model(restless) -> Model:
+    """Four layers, two of which speculate."""
+    return restless(num_layers=4)
 
 
 @pytest.fixture(scope="module")

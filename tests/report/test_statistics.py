@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from made_results import FULL, H2O, ORACLE, STREAMING, offline
 
+from kvjax.advise.evidence import device_bytes
 from kvjax.errors import InputError
 from kvjax.models.config import preset
 from kvjax.report import statistics
@@ -229,3 +230,11 @@ def test_points_leave_out_what_did_not_finish():
     interrupted = offline(H2O, repeat=2) | {"complete": False}
     (point,) = points([offline(H2O), failed, interrupted])
     assert len(point.records) == 1
+
+
+def test_what_is_weighed_of_one_repeat_alone_does_not_part_it_from_the_others():
+    weighed, other = offline(H2O), offline(H2O, repeat=1)
+    weighed = weighed | {"kv_transient_bytes": 1000, "cell": weighed["cell"] | {"scratch": True}}
+    (point,) = points([weighed, other])
+    assert len(point.records) == 2
+    assert device_bytes(point) == weighed["kv_device_total_bytes"] + 1000
