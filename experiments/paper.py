@@ -110,9 +110,7 @@ def section(claim: Claim, finding: Finding, about: dict[str, dict[str, Any]], di
     if finding.experiments:
         lines += [f"Tested by: {', '.join(finding.experiments)}.", ""]
     lines += [f"What these data cannot tell: {claim.cannot}", ""]
-    for name in finding.experiments[:1]:
-        lines += picture(name, about, directory)
-    return lines
+    return lines + picture(claim.shown if claim.shown in about else next(iter(finding.experiments), ""), about, directory)
 
 
 def picture(name: str, about: dict[str, dict[str, Any]], directory: pathlib.Path, which: slice = slice(0, 1)) -> list[str]:
@@ -182,8 +180,11 @@ def speedups(records: Sequence[Record]) -> list[str]:
         except (KvjaxError, KeyError, ZeroDivisionError):
             continue
         place = f"{record['sweep']}: {record['model_id']}, batch {record['batch_size']}, {record['input_len']} tokens"
+        place += f", {case}" if (case := record.get("cell", {}).get("case")) else ""
         faster = min(found.computed_speedup, found.measured_speedup) > 1
-        share = f"{100 * found.explained:.0f} %" if faster and found.explained is not None else ""
+        share = ""
+        if faster and found.explained is not None:
+            share = "all, and more was to be had" if found.explained > 1 else f"{100 * found.explained:.0f} %"
         lines.append(
             f"| {place} | `{record['strategy']}` | {found.computed.weights / 2**20:.2f} + {found.computed.cache / 2**20:.2f} | "
             f"{found.computed_speedup:.2f} | {found.measured_speedup:.2f} | {share} |"

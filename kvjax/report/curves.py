@@ -8,8 +8,8 @@ from typing import Any
 
 Record = Mapping[str, Any]
 
-NOT_SETTING = ("repeat", "seed", "cell_id")
-"""Keys of a cell in which repeats of a point differ."""
+NOT_SETTING = ("repeat", "seed", "cell_id", "scratch", "audit")
+"""Keys of a cell in which repeats of a point differ, what else is measured of one of them included."""
 
 
 def value(record: Record, key: str) -> Any:

@@ -476,7 +476,7 @@ def _diameter(size: float, most: float) -> float:
 
 
 def _name_front(axis, named: Sequence[tuple[str, tuple[float, float]]]) -> None:
-    """Names below the points of the front; points that lie together share a label, labels that would overlap stand lower."""
+    """Names below the points of the front, or above where the axis ends; points that lie together share a label, labels make way."""
     box = axis.get_window_extent()
     scale = 72 / axis.figure.dpi
     together: list[tuple[list[str], tuple[float, float]]] = []
@@ -493,13 +493,16 @@ def _name_front(axis, named: Sequence[tuple[str, tuple[float, float]]]) -> None:
         right = across > scale * (box.x0 + 0.6 * box.width)
         width, height = 3.7 * max(map(len, names)), 8.5 * len(names)
         left = across - 9 - width if right else across + 9
-        down = 7.0
-        while any(left < r and x < left + width and up - down - height < t and y < up - down for x, y, r, t in taken):
-            down += 4
-        taken.append((left, up - down - height, left + width, up - down))
+        bottom = up - 7.0 - height
+        above = bottom < scale * box.y0  # no room below
+        if above:
+            bottom = up + 7.0
+        while any(left < r and x < left + width and bottom < t and y < bottom + height for x, y, r, t in taken):
+            bottom += 4 if above else -4
+        taken.append((left, bottom, left + width, bottom + height))
         text = _plain("\n".join(names))
         axis.annotate(
-            text, axis.transData.inverted().transform((across / scale, up / scale)), xytext=(-9 if right else 9, -down),
+            text, axis.transData.inverted().transform((across / scale, up / scale)), xytext=(-9 if right else 9, bottom + height - up),
             textcoords="offset points", fontsize=6.5, color=INK, ha="right" if right else "left", va="top", zorder=4, linespacing=1.25,
         )  # fmt: skip
 

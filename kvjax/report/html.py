@@ -316,7 +316,7 @@ def _describe(record: Record) -> str:
     rate = value(record, "request_rate")
     under_load = "max_num_seqs" in record or value(record, "measure") == "load"
     said.append(f"{rate} requests/s" if under_load else "whole batches")
-    for key in ("kv_memory", "mix", "workload", "dtype"):
+    for key in ("kv_memory", "mix", "case", "workload", "dtype"):
         found = value(record, key)
         if found is not None:
             said.append(f"{key.replace('_', ' ')} {found}")
@@ -336,18 +336,22 @@ def _where(directory: pathlib.Path) -> str:
 
 
 def _study(results: Results, notes: list[str]) -> tuple[str, list[tuple[str, str]]]:
-    shown = 0
+    shown: dict[str, str] = {}
 
     def image(source: str, text: str) -> str:
-        nonlocal shown
-        shown += 1
+        """A figure the first time, then a link to it."""
         path = pathlib.PurePath(source)
+        if source in shown:
+            return f'<a href="#{shown[source]}">The figure of {escape(path.parts[0])}, above</a>'
         file = results.directory / path
         inside = not path.is_absolute() and ".." not in path.parts and "://" not in source
         vector = file.with_suffix(".svg")
         try:
             if inside and vector.is_file():
-                return f'<span class="plot">{inline(vector.read_text(), f"study-{shown}-", text)}</span>'
+                name = f"study-figure-{len(shown) + 1}"
+                drawn = inline(vector.read_text(), f"{name}-", text)
+                shown[source] = name
+                return f'<span class="plot" id="{name}">{drawn}</span>'
         except InputError as error:
             notes.append(f"STUDY.md: {source}: {error}.")
         if inside and file.is_file() and file.suffix == ".png" and file.stat().st_size <= LARGEST_PNG:

@@ -7,7 +7,7 @@ import made_study
 import pytest
 
 from kvjax.report import figures
-from kvjax.report.curves import Summary, curves, summary
+from kvjax.report.curves import Summary, by_strategy, curves, summary
 from kvjax.report.figures import Panel, front, style
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -44,6 +44,13 @@ def test_repeats_are_joined_and_a_series_is_what_the_cell_declares():
     assert (h2o.label, list(h2o.points), [len(rs) for rs in h2o.points.values()]) == ("h2o", [0.1, 0.4], [3, 3])
     assert (full.label, list(full.points)) == ("full", [None])
     assert summary(h2o.points[0.1], "y", 2.0) == Summary(4.0, 2.0, 6.0, 3)
+
+
+def test_what_is_weighed_of_one_repeat_alone_does_not_part_it_from_the_others():
+    found = [record("full", 1, 3.0, repeat=0, scratch=True), record("full", 1, 5.0, repeat=1)]
+    (full,) = curves(found, "x")
+    assert (full.label, summary(full.points[1.0], "y")) == ("full", Summary(4.0, 3.0, 5.0, 2))
+    assert list(by_strategy(found)) == [("full", "")]
 
 
 def test_cells_that_are_no_repeats_of_each_other_are_never_averaged():

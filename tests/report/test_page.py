@@ -174,12 +174,25 @@ def test_the_same_directory_gives_the_same_bytes(tmp_path):
         made_study.model_size(tmp_path / name)
     once, again = run(tmp_path / "one", tmp_path / "a.html"), run(tmp_path / "one", tmp_path / "b.html")
     assert once.read_bytes() == again.read_bytes()
-    for name in ("pareto", "ledger"):
-        assert (tmp_path / f"a-{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert (tmp_path / f"a-{name}.svg").read_bytes() == (tmp_path / f"b-{name}.svg").read_bytes()
     other = run(tmp_path / "two", tmp_path / "c.html").read_text()
     assert other == once.read_text().replace("kvjax.report one", "kvjax.report two")
     assert str(tmp_path) not in other
+
+
+def test_the_figures_of_the_page_lie_beside_it(made):
+    for name in ("pareto", "ledger"):
+        assert (made / f"report-{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "</svg>" in (made / f"report-{name}.svg").read_text()
+
+
+def test_a_figure_of_the_study_is_drawn_once(tmp_path):
+    made_study.model_size(tmp_path)
+    folder = tmp_path / "model_size"
+    (folder / "own.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"><circle r="7.25"/></svg>')
+    (tmp_path / "STUDY.md").write_text("# Here\n\n![Sizes](model_size/own.svg)\n\nand again\n\n![Sizes](model_size/own.svg)\n")
+    text = run(tmp_path).read_text()
+    assert text.count("7.25") == 1
+    assert text.count('id="study-figure-1"') == text.count('<a href="#study-figure-1">The figure of model_size, above</a>') == 1
 
 
 def test_a_cell_measured_again_counts_once(tmp_path):
