@@ -26,20 +26,20 @@ FURTHER = (
     r"test_paged\.py::test_attention_of_a_chunk.*\[.*-(24|150)-1",
     r"test_host\.py::test_built_in_policy_conforms\[(h2o|streaming|oracle)",
     r"test_host\.py::test_transfers_agree_bit_for_bit\[(h2o|infinigen)",
-    r"test_infinigen\.py::test_conforms\[.*-device",
-    r"test_infinigen\.py::test_what_is_read_is_what_the_oracle_says\[(llama-mha|qwen3)",
+    r"test_infinigen\.py::test_conforms\[(.*-device|.*budget=8,)",
+    r"test_infinigen\.py::test_what_is_read_is_what_the_oracle_says\[(llama-mha|qwen3|opt)",
     r"test_infinigen\.py::test_(ample_has_the_logits.*\[opt|ample_generates|limited_pool_in_chunks)",
     r"test_kernel_stores\.py::test_(conforms\[(full|streaming|oracle|infinigen|h2o.*-(dense|paged1|host))|h2o_keeps.*(0\.1|dense))",
     r"test_engine_on_kernel_stores\.py::",
     r"test_host_pool\.py::test_greedy_tokens_survive.*\[(full|h2o|.*device|.*budget=0.3\)-jit)",
     r"test_host_pool\.py::test_(a_swapped_request.*budget=0.3\)|aborting_a_swapped|nothing_is_compiled|samples_get_copies|a_load_tells)",
-    r"test_engine\.py::test_greedy_tokens_are_those.*\[(.*-64|oracle|streaming|full.*dense|h2o\(heavy=0\.1|.*decode=False)",
+    r"test_engine\.py::test_greedy_tokens_are_those.*\[(.*-64|oracle|streaming|full.*dense|h2o.*dense|h2o\(heavy=0\.1|.*decode=False)",
     r"test_engine\.py::test_(nothing_is_compiled_under_load|every_sample_is_a_request.*)\[h2o|test_a_request_that_fails.*oracle",
     r"test_engine\.py::test_(the_model_tells_strategies|samples_without_room|samples_share_their|nothing_is_compiled.*full)",
     r"test_generation\.py::test_row_alone_equals.*\[(full|streaming|oracle|h2o.*decode)",
     r"test_generation\.py::test_(decode_updates_the_cache_in_place.*-1\]|score_with_room.*(streaming|h2o.*opt))",
     r"test_generation\.py::test_pages_hold.*\[(full|streaming|.*-(whole|faithful))",
-    r"test_generation\.py::test_(bounded_chunks_are_exact.*True|faithful_chunks_change_nothing\[.*(streaming|decode)|full_cache.*opt)",
+    r"test_generation\.py::test_(bounded_chunks_are_exact|faithful_chunks_change_nothing\[.*(full|streaming|decode)|full_cache.*opt)",
     r"test_speculation\.py::test_(agrees_with_numpy\[(opt|.*union)|measured_recorded|memory_of_the_transfer|trained_model_guesses)",
     r"test_host_driven\.py::test_driven_decodes.*\[(h2o|.*pool)",
     r"test_infinigen_experiments\.py::test_(offload_times|a_document_that_is_fed|a_shared_prompt|a_guess_with_nothing)",
@@ -65,7 +65,8 @@ def random_model(config: ModelConfig, tokenizer=None) -> Model:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Marks what is `slow`."""
+    """Marks what is `slow`. What starts whole programs goes first: later, one process takes tests from another and starts them again."""
+    items.sort(key=lambda item: "tests/test_run" not in item.nodeid)
     for item in items:
         if any(re.search(pattern, item.nodeid) for pattern in FURTHER):
             item.add_marker(pytest.mark.slow)
