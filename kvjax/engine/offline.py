@@ -12,7 +12,7 @@ from jaxtyping import Int
 from kvjax.cache import KVState, Ledger, Strategy, ledger
 from kvjax.engine.metrics import Timeline, summarise
 from kvjax.errors import InputError
-from kvjax.generation import PrefillPlan, as_strategy, check_vocabulary, decode_program, score, stream
+from kvjax.generation import PrefillPlan, as_strategy, check_vocabulary, decode_scratch, score, stream
 from kvjax.host_driven import is_driven
 from kvjax.models import Model
 from kvjax.models.tokenizer import ByteTokenizer
@@ -236,8 +236,7 @@ def _scratch(model: Model, strategy: Strategy, sampling: Sampling, state: KVStat
     """Bytes a decode step needs beside its arguments and results; None where XLA does not say."""
     key = (model.decoder, strategy, sampling, jax.tree.structure(state), tuple((x.shape, x.dtype) for x in jax.tree.leaves(state)))
     if key not in _scratches:
-        analysis = decode_program(model, strategy, sampling, state).memory_analysis()
-        _scratches[key] = None if analysis is None else analysis.temp_size_in_bytes
+        _scratches[key] = decode_scratch(model, strategy, sampling, state)
     return _scratches[key]
 
 

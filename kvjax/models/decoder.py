@@ -23,6 +23,16 @@ from kvjax.models.guide import Guide, QueryGuide
 
 KV = TypeVar("KV")
 
+Stringing = Literal["unroll", "calls"]
+"""How the layers become programs (kvjax.runtime.forward): all in one, or one for every kind of layer, called once a layer."""
+UNROLLED_LAYERS = 8
+"""Up to so many layers are unrolled on a CPU: below, dispatching them one by one costs more than compiling them."""
+
+
+def default_stringing(config: ModelConfig) -> Stringing:
+    """How the layers of a model are strung together on this machine's device unless someone says otherwise."""
+    return "calls" if jax.default_backend() == "cpu" and config.num_layers > UNROLLED_LAYERS else "unroll"
+
 
 class Step(Protocol[KV]):
     """What one call of the decoder does with the cache."""
@@ -57,10 +67,12 @@ class Decoder(nn.Module):
     Attributes:
       part: `all`, or for whoever runs the layers one by one: `embed` gives hidden states and rotation, `head` takes hidden states and gives
         logits.
+      stringing: how kvjax.runtime runs the layers; the module itself, applied, is one program.
     """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
+    stringing: Stringing = "unroll"
     part: Literal["all", "embed", "head"] = "all"
 
     @nn.compact

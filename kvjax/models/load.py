@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from kvjax.errors import ModelError, SpecError
 from kvjax.models import checkpoint, hugging_face, parameters
 from kvjax.models.config import BUNDLED, PRESETS, ModelConfig, preset
-from kvjax.models.decoder import Decoder
+from kvjax.models.decoder import Decoder, Stringing, default_stringing
 from kvjax.models.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
@@ -25,11 +25,13 @@ class Model:
     Attributes:
       params: the Flax variables of `decoder`.
       tokenizer: None where nothing says what the token ids mean (presets; a directory without tokenizer.json).
+      stringing: how layers become programs (kvjax.runtime.forward); None: by depth and device.
     """
 
     config: ModelConfig
     params: parameters.Parameters
     tokenizer: Tokenizer | None
+    stringing: Stringing | None = None
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -37,9 +39,20 @@ class Model:
         return self.params["params"]["embed"].dtype
 
     @property
+    def placement(self) -> jax.sharding.Sharding:
+        """Where small arrays go that meet the parameters in a program: to their device, or to all of them.
+
+        Arrays that are not placed at all make a program of their own, compiled beside that of placed ones.
+        """
+        sharding = self.params["params"]["embed"].sharding
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        return sharding
+
+    @property
     def decoder(self) -> Decoder:
         """The module that `params` belong to."""
-        return Decoder(self.config, self.dtype)
+        return Decoder(self.config, self.dtype, self.stringing or default_stringing(self.config))
 
 
 def load_model(

@@ -31,11 +31,11 @@ def test_prompt_attention_is_causal_attention(batch, length, kv_heads, group, di
     rng = np.random.default_rng(length + block)
     q, k, v = random_qkv(rng, batch, length, kv_heads, group, dim)
     counted = rng.random((batch, length)) < 0.7
-    out, mass = jax.jit(lambda *x: prompt_attention(*x, SUM, block))(q, k, v, counted)
+    out, (mass,) = jax.jit(lambda *x: prompt_attention(*x, (SUM,), block))(q, k, v, counted)
     np.testing.assert_allclose(out, causal_attention(q, k, v), atol=2e-6)
     probs = probabilities(q, k, np.broadcast_to(np.arange(length), (batch, length)))
     np.testing.assert_allclose(mass, np.einsum("bngqk,bq->bnk", probs, counted), atol=1e-5)
-    _, nothing = jax.eval_shape(lambda *x: prompt_attention(*x, None, block), q, k, v, counted)
+    _, nothing = jax.eval_shape(lambda *x: prompt_attention(*x, (), block), q, k, v, counted)
     assert nothing is None
 
 
