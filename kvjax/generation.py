@@ -25,7 +25,7 @@ from kvjax.host_driven import is_driven
 from kvjax.kernels.dispatch import current_device
 from kvjax.models import Decoder, Model
 from kvjax.models.guide import Guide, guides
-from kvjax.runtime.forward import forward, scratch
+from kvjax.runtime.forward import forward, scratch, warm
 from kvjax.sampling import Sampling
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray
@@ -190,9 +190,7 @@ def score(
     return jnp.concatenate([logits[:, None], following], axis=1)
 
 
-def feed(
-    model: Model, strategy: Strategy, kv: KVState, token_ids: Int[Array, "B T"] | np.ndarray
-) -> tuple[Float[Array, "B T V"], KVState]:
+def feed(model: Model, strategy: Strategy, kv: KVState, token_ids: Int[Array, "B T"] | np.ndarray) -> tuple[Float[Array, "B T V"], KVState]:
     """Feeds tokens one by one through the strategy's decode path, whatever the model predicts.
 
     Takes the memory of `kv` over, as of a donated argument. Returns the float32 logits after every token, and the state behind them.
@@ -268,13 +266,13 @@ def run_prefill(
 ) -> tuple[Float[Array, "B V"], KVState]:
     """Allocates the cache and puts the prompts in. Returns the logits of every row's last prompt token."""
     shape, longest = cache_shape(model), tokens.shape[1]
-    allocate = partial(strategy.init, shape, lengths, longest, max_new)
+    allocate = partial(_allocated, model, strategy, lengths, longest, max_new)
     if plan.chunk is None or plan.chunk >= longest:
         step = Prefill(jax.device_put(lengths, model.placement), strategy)
         return prefill(model.decoder, model.params, jax.device_put(tokens, model.placement), allocate(), step)
     staged = plan.mode == "faithful" and strategy.policy.kept_tokens(1) is not None
-    kv = strategy.stage(shape, lengths, longest) if staged else allocate()
-    logits = jnp.zeros((len(lengths), model.config.vocab_size), jnp.float32)
+    kv = placed(model, strategy.stage(shape, lengths, longest)) if staged else allocate()
+    logits = jax.device_put(np.zeros((len(lengths), model.config.vocab_size), np.float32), model.placement)
     for start in range(0, longest, plan.chunk):
         piece = tokens[:, start : start + plan.chunk]
         inside = np.clip(lengths - start, 0, piece.shape[1]).astype(np.int32)
@@ -283,6 +281,46 @@ def run_prefill(
         ends_here = (lengths > start) & (lengths <= start + plan.chunk)
         logits = jnp.where(ends_here[:, None], fresh, logits)
     return logits, settle(strategy, kv, allocate(), guides(model.params, shape.num_layers)) if staged else kv
+
+
+def placed[T](model: Model, tree: T) -> T:
+    """Arrays where the model's parameters are; those in host memory in the host memory of that place."""
+
+    def place(x):
+        in_host_memory = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, model.placement.with_memory_kind(x.sharding.memory_kind) if in_host_memory else model.placement)
+
+    return jax.tree.map(place, tree)
+
+
+def _allocated(model: Model, strategy: Strategy, lengths, longest: int, max_new: int) -> KVState:
+    return placed(model, strategy.init(cache_shape(model), lengths, longest, max_new))
+
+
+def warm_up(
+    model: Model, strategy: Strategy, *, batch: int, prompt_len: int, max_new: int, sampling: Sampling = Sampling(),
+    stop_tokens: Sequence[int] | None = None, prefill: PrefillPlan = PrefillPlan(), steps_per_call: int = 1,
+) -> None:  # fmt: skip
+    """Compiles all that `stream` runs for a batch of prompts of this length; where layers are called one by one, without computing it."""
+    strategy = as_strategy(strategy)
+    stops = tuple(int(t) for t in (model.config.stop_tokens if stop_tokens is None else stop_tokens))
+    tokens, lengths = np.zeros((batch, prompt_len), np.int32), np.full(batch, prompt_len, np.int32)
+    if model.decoder.stringing == "unroll" or (prefill.chunk is not None and prefill.chunk < prompt_len):
+        logits, kv = run_prefill(model, strategy, tokens, lengths, max_new, prefill)
+    else:
+        step = Prefill(jax.device_put(lengths, model.placement), strategy)
+        kv = _allocated(model, strategy, lengths, prompt_len, max_new)
+        logits = warm(model.decoder, model.params, jax.device_put(tokens, model.placement), kv, step)[:, 0]
+        kv = _allocated(model, strategy, lengths, prompt_len, max_new)
+    seeds = jax.device_put(np.arange(batch, dtype=np.int32), model.placement)
+    token = first_token(sampling, logits, seeds, kv.length)
+    remaining = left_after(jax.device_put(np.full(batch, 3, np.int32), model.placement), token, stops)
+    for _ in range(2 if max_new > 1 else 0):
+        if is_driven(strategy):
+            kv, token, remaining, _ = driven_steps(model, strategy, sampling, stops, 1, kv, token, remaining, seeds)
+        else:
+            arguments = model.params, kv, token, remaining, seeds, 1
+            kv, token, remaining, _ = decode_steps(model.decoder, strategy, sampling, stops, steps_per_call, *arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +350,7 @@ def stage_prompts(
     """
     strategies = tuple(strategies)
     shape, longest = cache_shape(model), tokens.shape[1]
-    kv = stage_for(strategies, shape, lengths, longest)
+    kv = placed(model, stage_for(strategies, shape, lengths, longest))
     step = Stage(jax.device_put(np.asarray(lengths, np.int32), model.placement), strategies)
     logits, kv = prefill(model.decoder, model.params, jax.device_put(tokens, model.placement), kv, step)
     return StagedPrompts(strategies, logits, kv, longest)
@@ -323,7 +361,7 @@ def commit(model: Model, staged: StagedPrompts, strategy: Strategy, max_new: int
     which = staged.strategies.index(strategy)
     layers = tuple(dataclasses.replace(layer, score=layer.score[which]) for layer in staged.kv.layers)
     shape = cache_shape(model)
-    empty = strategy.init(shape, staged.kv.length, staged.length, max_new)
+    empty = _allocated(model, strategy, staged.kv.length, staged.length, max_new)
     return settle(strategy, staged.kv.over(layers), empty, guides(model.params, shape.num_layers))
 
 
@@ -355,7 +393,8 @@ def settle(strategy: Strategy, staged: KVState, empty: KVState, guides: tuple[Gu
     for i, (source, target) in enumerate(zip(staged.layers, empty.layers, strict=True)):
         guide = guides[i] if guides else None
         layers.append(settle_layer(strategy, source, target, staged.over(()), empty.over(()), guide))
-    return dataclasses.replace(empty, layers=tuple(layers), length=staged.length, prompt_length=staged.prompt_length)
+    length, prompt_length = jnp.copy(staged.length), jnp.copy(staged.prompt_length)  # the staged prompt may be settled again
+    return dataclasses.replace(empty, layers=tuple(layers), length=length, prompt_length=prompt_length)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -488,9 +527,7 @@ def decode_scratch(model: Model, strategy: Strategy, sampling: Sampling, kv: KVS
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _feed(
-    decoder: Decoder, strategy: Strategy, params, kv: KVState, tokens: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T V"], KVState]:
+def _feed(decoder: Decoder, strategy: Strategy, params, kv: KVState, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T V"], KVState]:
     everyone: Bool[Array, " B"] = jnp.ones(tokens.shape[0], bool)
 
     def one(kv, token):

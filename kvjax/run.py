@@ -26,6 +26,7 @@ shows directly what a strategy forgets.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -41,7 +42,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvjax import calibrate
-from kvjax.cache import STORES, DenseStore, Full, HostStore, PagedStore, Strategy, parse_strategy, split_specs
+from kvjax.cache import STORES, HostStore, Strategy, parse_strategy, split_specs
 from kvjax.cache.stores import TRANSFERS
 from kvjax.command import fail, parse_flags
 from kvjax.engine import load, metrics, offline, serve
@@ -350,26 +351,30 @@ def run_offline(
     check_positions(model, input_len, max(output_len, questions))
     workload = offline.make_workload(model, num_prompts, input_len, FLAGS.seed, FLAGS.num_facts)
 
-    full = Strategy(Full(), chosen[0].store if isinstance(chosen[0].store, PagedStore) else DenseStore())
-    per_strategy = offline.steps_of(workload, batch_size, FLAGS.quality)
+    batches = offline.steps_of(workload, batch_size) - 1
     columns = (TextColumn("{task.description:<40}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
     measured = []
+    guides = [guided(model, strategy, console) for strategy in chosen]
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("reference: full cache", total=per_strategy * len(chosen) + 1)
-        against = offline.reference(model, full, workload, batch_size, output_len, plan) if FLAGS.quality else None
-        progress.advance(task)
-        for strategy in chosen:
+        judging = batches * (1 + len(chosen)) if FLAGS.quality else 0
+        task = progress.add_task("quality", total=judging + (1 + batches) * len(chosen))
+
+        def report(what: str, name: str) -> None:
+            progress.update(task, advance=1, description=f"{name}: {what}")
+
+        qualities = [offline.Quality()] * len(chosen)
+        if FLAGS.quality:
+            qualities = offline.judge(
+                list(zip(guides, chosen, strict=True)), workload, batch_size=batch_size, reserve=output_len, plan=plan, seed=FLAGS.seed,
+                progress=lambda what: report(what, "quality"),
+            )  # fmt: skip
+        for prepared, strategy, quality in zip(guides, chosen, qualities, strict=True):
             name = strategy.describe()
-
-            def report(what: str, name: str = name) -> None:
-                progress.update(task, advance=1, description=f"{name}: {what}")
-
             progress.update(task, description=f"{name}: compiling")
             measured.append(
                 offline.measure(
-                    guided(model, strategy, console), strategy, workload if FLAGS.quality else offline.without_questions(workload),
-                    batch_size=batch_size, output_len=output_len, seed=FLAGS.seed, sampling=sampling, plan=plan, against=against,
-                    progress=report,
+                    prepared, strategy, workload, batch_size=batch_size, output_len=output_len, seed=FLAGS.seed, sampling=sampling,
+                    plan=plan, quality=quality, progress=functools.partial(report, name=name),
                 )
             )  # fmt: skip
     options = {name: FLAGS[name].value for name in ("seed", "prefill_chunk", "prefill_mode")}

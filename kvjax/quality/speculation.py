@@ -105,9 +105,7 @@ def audit(
     strategy = as_strategy(Strategy(strategy.policy, dataclasses.replace(strategy.store, transfer="device")))
     lengths = np.full(batch, prompt_len, np.int32)
     _, kv = run_prefill(model, strategy, token_ids[:, :prompt_len], lengths, total - prompt_len, prefill)
-    _, _, found = audited_feed(model, strategy, kv, token_ids[:, prompt_len:])
-    stacked = {name: [np.asarray(found[layer][name]).T for layer in found] for name in MEASURES}
-    return Speculation(tuple(found), {name: np.reshape(values, (len(found), batch, -1)) for name, values in stacked.items()})
+    return speculation_of(audited_feed(model, strategy, kv, token_ids[:, prompt_len:])[2])
 
 
 def audit_some(
@@ -191,6 +189,12 @@ class Audit:
 
     def finish(self, audited: Audited, num_tokens: int) -> Audited:
         return audited.after(self.decode.finish(audited.state, num_tokens))
+
+
+def speculation_of(measures: Mapping[int, Mapping[str, Float[Array, "T B"]]]) -> Speculation:
+    """What `audited_feed` measured, in one piece."""
+    values = {name: np.stack([np.asarray(measures[i][name]).T for i in measures]) if measures else np.zeros((0, 0, 0)) for name in MEASURES}
+    return Speculation(tuple(measures), values)
 
 
 def audited_feed(

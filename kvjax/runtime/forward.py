@@ -55,6 +55,25 @@ def forward[KV: State](
     return logits, frame.over(tuple(layers))
 
 
+def warm(decoder: Decoder, params: Any, tokens: Int[Array, "B S"], kv: Any, step: Any) -> Float[Array, "B T V"]:
+    """Compiles what `forward` runs by calls, with one layer of every kind. Takes the memory of `kv` over; the logits mean nothing."""
+    ends = {name: value for name, value in params["params"].items() if not name.startswith("layer_")}
+    frame, layers = kv.over(()), list(kv.layers)
+    x, rotation = _embed(decoder, ends, tokens, frame, step)
+    seen = set()
+    for i in range(len(layers)):
+        variables, here = layer_variables(params, i), slice(i, i + 2)
+        if (kind := _kind((variables, layers[here]))) not in seen:
+            seen.add(kind)
+            x, layers[here] = _block(decoder, variables, x, rotation, tuple(layers[here]), frame, step)
+    return _head(decoder, ends, x, frame, step, tokens.shape[1])[0]
+
+
+def _kind(tree: Any) -> Any:
+    """What distinguishes programs: structure, shapes and types."""
+    return jax.tree.structure(tree), tuple((a.shape, a.dtype) for a in jax.tree.leaves(tree))
+
+
 def layer_variables(params: Any, index: int) -> dict[str, Any]:
     """The Flax variables of one layer."""
     name = f"layer_{index}"
@@ -97,8 +116,7 @@ def scratch(decoder: Decoder, params: Any, tokens: Any, kv: Any, step: Any) -> i
     for i in range(len(layers)):
         here = slice(i, i + 2)
         arguments = layer_variables(params, i), x, rotation, tuple(layers[here]), frame, step
-        kind = jax.tree.structure(arguments), tuple((a.shape, a.dtype) for a in jax.tree.leaves(arguments))
-        if kind not in sizes:
+        if (kind := _kind(arguments)) not in sizes:
             sizes[kind] = _beside(_block.lower(decoder, *arguments))
         x, layers[here] = jax.eval_shape(partial(_block, decoder), *arguments)
     sizes["head"] = _beside(_head.lower(decoder, ends, x, frame, step, tokens.shape[1]))
