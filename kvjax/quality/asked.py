@@ -7,6 +7,7 @@ more than half of a task (`GATE`) there is nothing to lose, so strategies are no
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import Decode, Full, HostStore, KVState, Strategy
-from kvjax.errors import InputError, SpecError
-from kvjax.generation import apply, as_strategy, check_positions, check_vocabulary, left_after, run_prefill
+from kvjax.errors import SpecError
+from kvjax.generation import as_strategy, check_positions, check_vocabulary, commit, feed, left_after, stage_prompts
 from kvjax.models import Decoder, Model
 from kvjax.quality import fidelity
+from kvjax.quality.paired import difference, interval
 from kvjax.quality.tasks import Example, Frame, Query, Task, fingerprint
 from kvjax.quality.tasks.file import FileTask
+from kvjax.runtime.forward import forward
 
 GATE = 0.5
 """Strategies are ranked only where the full cache scores as much."""
@@ -206,18 +209,20 @@ def _asked(
     compared: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in strategies}
     nll: dict[str, list[float]] = {name: [] for name in strategies}
     for batch in _batches(examples, query, task.fed, batch_size):
+        staged = stage_prompts(model, tuple(strategies.values()), batch.prompts, batch.lengths)
         reference = None
-        for name, logits, kv in _prefilled(models, strategies, batch, batch.turns[0][0].shape[1] + room):
-            strategy, few = strategies[name], examples[batch.real]
+        for name, strategy in strategies.items():
+            kv = commit(models[name], staged, strategy, max(batch.turns[0][0].shape[1] + room, 1))
+            few = examples[batch.real]
             if task.fed:
-                predicted = _teach(models[name], strategy, logits, kv, batch.turns[0][0])
+                predicted = _teach(models[name], strategy, staged.logits, kv, batch.turns[0][0])
                 reference = predicted if reference is None else reference
                 targets = jnp.asarray(batch.turns[0][0])
                 compared[name].append(tuple(np.asarray(x)[: len(few)] for x in fidelity.compare(reference, predicted, targets)))
                 nll[name] += np.asarray(_nll(predicted, targets))[: len(few)].mean(1).tolist()
                 scores[name] += [_share_right(one, row) for one, row in zip(few, np.asarray(predicted.argmax(-1)), strict=False)]
             else:
-                texts = [_write(models[name], strategy, logits, kv, turn, room, last) for turn, last in _with_last(batch.turns)]
+                texts = [_write(models[name], strategy, staged.logits, kv, turn, room, last) for turn, last in _with_last(batch.turns)]
                 for row, one in enumerate(few):
                     answers = tuple(frame.text(tokens[row]) for tokens in texts[: len(one.turns)])
                     written[name].append(answers)
@@ -227,17 +232,12 @@ def _asked(
         comparison = fidelity.Comparison(*(np.concatenate(x) for x in zip(*compared[name], strict=True))) if compared[name] else None
         scored = task.metric != ""
         yield Answers(
-            name, np.asarray(scores[name]) if scored else None, tuple(written[name]), comparison, np.asarray(nll[name]) if nll[name] else None
+            name,
+            np.asarray(scores[name]) if scored else None,
+            tuple(written[name]),
+            comparison,
+            np.asarray(nll[name]) if nll[name] else None,
         )
-
-
-def _prefilled(
-    models: dict[str, Model], strategies: dict[str, Strategy], batch: _Batch, new: int
-) -> Iterator[tuple[str, Float[Array, "B V"], KVState]]:
-    """The logits behind the prompts and the state, strategy by strategy."""
-    for name, strategy in strategies.items():
-        logits, kv = run_prefill(models[name], strategy, batch.prompts, batch.lengths, max(new, 1))
-        yield name, logits, kv
 
 
 def _with_last(turns: Sequence[tuple]) -> Iterator[tuple[tuple, bool]]:
@@ -250,62 +250,87 @@ def _write(
     """Feeds a question to every row and lets it answer; the state is given away at the `last` question, and copied before."""
     fed, counts = turn
     stops = tuple(int(token) for token in model.config.stop_tokens)
+    rows = _Rows(_likeliest(logits), jax.device_put(np.full(len(counts), room, np.int32), model.placement))
     kv = kv if last else jax.tree.map(jnp.copy, kv)
-    guess = logits.argmax(-1).astype(jnp.int32)
-    left = jnp.full(len(counts), room, jnp.int32)
     parts: list[np.ndarray] = []
     for start in range(0, fed.shape[1] + room, STEPS):
         piece = np.zeros((len(counts), STEPS), np.int32)
         here = fed[:, start : start + STEPS]
         piece[:, : here.shape[1]] = here
         given = start + np.arange(STEPS) < counts[:, None]
-        kv, guess, left, out = _advance(model.decoder, strategy, stops, model.params, kv, guess, left, jnp.asarray(piece), jnp.asarray(given))
+        kv, rows, out = _advance(model, strategy, stops, kv, rows, piece, given)
         parts.append(np.asarray(out))
-        if not np.asarray(left).any():
+        if not np.asarray(rows.left).any():
             break
     return [[int(token) for token in row if token >= 0 and token not in stops] for row in np.concatenate(parts, axis=1)]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Where every row stands: what it guessed as its next token, and how many it may still write."""
+
+    guess: Int[Array, " B"]
+    left: Int[Array, " B"]
+
+
 def _advance(
-    decoder: Decoder, strategy: Strategy, stops: tuple[int, ...], params, kv: KVState, guess: Int[Array, " B"], left: Int[Array, " B"],
-    fed: Int[Array, "B T"], given: Bool[Array, "B T"],
-) -> tuple[KVState, Int[Array, " B"], Int[Array, " B"], Int[Array, "B T"]]:  # fmt: skip
-    """T steps: a row takes its next given token if there is one, else what it guessed, as long as it has tokens `left` to write.
+    model: Model, strategy: Strategy, stops: tuple[int, ...], kv: KVState, rows: _Rows, fed: Int[np.ndarray, "B T"],
+    given: Bool[np.ndarray, "B T"],
+) -> tuple[KVState, _Rows, Int[Array, "B T"]]:  # fmt: skip
+    """T steps: a row takes its next token of `fed` where `given`, else what it guessed, as long as it may write.
 
-    Returns the state, every row's guess at its next token, what it has left, and what it wrote (-1 where nothing).
+    Takes the memory of `kv` over. Returns the state, the rows, and what they wrote (-1 where nothing).
     """
+    fed, given = (jax.device_put(np.ascontiguousarray(x.T), model.placement) for x in (fed, given))
+    if model.decoder.stringing == "unroll":
+        return _unrolled(model.decoder, strategy, stops, model.params, kv, rows, fed, given)
+    written = []
+    for token, is_given in zip(fed, given, strict=True):
+        step, column, rows, out = _begin(strategy, stops, rows, token, is_given)
+        logits, kv = forward(model.decoder, model.params, column, kv, step)
+        rows = _end(rows, logits, step.active)
+        written.append(out)
+    return kv, rows, jnp.stack(written, axis=1)
 
-    def one(carry, step):
-        kv, guess, left = carry
-        token, is_given = step
-        token = jnp.where(is_given, token, guess)
-        writes = ~is_given & (left > 0)
-        logits, kv = apply(decoder, params, token[:, None], kv, Decode(is_given | writes, strategy))
-        left = jnp.where(writes, left_after(left, token, stops), left)
-        guess = jnp.where(is_given | writes, logits[:, 0].argmax(-1).astype(jnp.int32), guess)
-        return (kv, guess, left), jnp.where(writes, token, -1)
 
-    (kv, guess, left), out = jax.lax.scan(one, (kv, guess, left), (fed.T, given.T))
-    return kv, guess, left, out.T
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _unrolled(decoder: Decoder, strategy: Strategy, stops: tuple[int, ...], params, kv: KVState, rows: _Rows, fed, given):
+    """`_advance` in one program."""
+
+    def one(carry, piece):
+        kv, rows = carry
+        step, column, rows, out = _begin(strategy, stops, rows, *piece)
+        logits, kv = forward(decoder, params, column, kv, step)
+        return (kv, _end(rows, logits, step.active)), out
+
+    (kv, rows), out = jax.lax.scan(one, (kv, rows), (fed, given))
+    return kv, rows, out.T
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _begin(strategy: Strategy, stops: tuple[int, ...], rows: _Rows, token: Int[Array, " B"], given: Bool[Array, " B"]):
+    """What a step does, its tokens as a column, the rows after it, and what it writes."""
+    writes = ~given & (rows.left > 0)
+    token = jnp.where(given, token, rows.guess)
+    after = dataclasses.replace(rows, left=jnp.where(writes, left_after(rows.left, token, stops), rows.left))
+    return Decode(given | writes, strategy), token[:, None], after, jnp.where(writes, token, -1)
+
+
+@jax.jit
+def _end(rows: _Rows, logits: Float[Array, "B 1 V"], active: Bool[Array, " B"]) -> _Rows:
+    return dataclasses.replace(rows, guess=jnp.where(active, _likeliest(logits[:, 0]), rows.guess))
+
+
+@jax.jit
+def _likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    return logits.argmax(-1).astype(jnp.int32)
 
 
 def _teach(model: Model, strategy: Strategy, logits: Float[Array, "B V"], kv: KVState, fed: np.ndarray) -> Float[Array, "B T V"]:
     """The logits that predict every token of what is fed."""
-    following, _ = _feed(model.decoder, strategy, model.params, kv, jnp.asarray(fed[:, :-1]))
+    following, _ = feed(model, strategy, kv, fed[:, :-1])
     return jnp.concatenate([logits[:, None], following], axis=1)
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _feed(decoder: Decoder, strategy: Strategy, params, kv: KVState, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T V"], KVState]:
-    everyone: Bool[Array, " B"] = jnp.ones(tokens.shape[0], bool)
-
-    def one(kv, token):
-        logits, kv = apply(decoder, params, token[:, None], kv, Decode(everyone, strategy))
-        return kv, logits[:, 0]
-
-    kv, logits = jax.lax.scan(one, kv, tokens.T)
-    return logits.swapaxes(0, 1), kv  # returned so that the donated memory is reused
 
 
 @jax.jit
@@ -317,3 +342,42 @@ def _share_right(example: Example, guessed: Int[np.ndarray, " T"]) -> float:
     """Share of the questions within what was fed whose every token was predicted (kvjax.quality.recall.answered)."""
     turn = example.turns[0]
     return 0.0 if turn.asked is None else float((guessed[turn.asked] == turn.query[turn.asked]).all(-1).mean())
+
+
+def records(outcome: Outcome) -> list[dict[str, Any]]:
+    """What each strategy made of a task, as flat records: the keys begin with `task_` or `fidelity_`.
+
+    `task_score` is 0 to 1; differences are paired by example, to the full cache (`task_loss`, positive where the strategy is worse) and
+    to the first strategy (`task_gain_over_first`), with 95 % intervals (`_low`, `_high`). `task_ranked` says whether the full cache passed
+    the gate.
+    """
+    first = outcome.answers[0]
+    common = {
+        "task": outcome.task.describe(),
+        "task_metric": outcome.task.metric or None,
+        "task_length": outcome.length,
+        "task_query": outcome.query,
+        "task_seed": outcome.seed,
+        "task_examples": len(outcome.depths),
+        "task_chat_template": outcome.templated,
+        "task_fingerprint": outcome.fingerprint,
+        "task_full_score": outcome.full.score,
+        "task_gate": None if outcome.full.score is None else GATE,
+        "task_ranked": outcome.gated,
+    }
+    return [{"strategy": one.strategy, **common, **_quality(one, outcome.full, first)} for one in outcome.answers]
+
+
+def _quality(one: Answers, full: Answers, first: Answers) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if one.scores is not None and full.scores is not None and first.scores is not None:
+        found |= interval(one.scores).record("task_score")
+        found |= difference(full.scores, one.scores).record("task_loss")
+        found |= difference(one.scores, first.scores).record("task_gain_over_first")
+        found["task_scores"] = one.scores.tolist()
+    if one.comparison is not None and one.nll is not None and first.nll is not None:
+        found |= {"task_nll": float(one.nll.mean()), "task_perplexity": float(np.exp(one.nll.mean())), "task_nlls": one.nll.tolist()}
+        found |= {f"fidelity_{name}": estimate.value for name, estimate in one.comparison.summary().items()}
+        found |= {f"fidelity_{name}_se": estimate.error for name, estimate in one.comparison.summary().items()}
+        found |= difference(one.nll, first.nll, bounded=False).record("task_nll_over_first")
+    return found

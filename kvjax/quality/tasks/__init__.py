@@ -29,7 +29,20 @@ from kvjax.quality.tasks.niah_single import NiahSingle
 from kvjax.quality.tasks.stated_facts import StatedFacts
 from kvjax.quality.tasks.variable_tracking import VariableTracking
 
-__all__ = ["METRICS", "QUERIES", "TASKS", "Example", "FileTask", "Frame", "Query", "Task", "Turn", "fingerprint", "parse_task", "parse_tasks"]
+__all__ = [
+    "METRICS",
+    "QUERIES",
+    "TASKS",
+    "Example",
+    "FileTask",
+    "Frame",
+    "Query",
+    "Task",
+    "Turn",
+    "fingerprint",
+    "parse_task",
+    "parse_tasks",
+]
 
 TASKS: Mapping[str, type[Task]] = {
     kind.name: kind

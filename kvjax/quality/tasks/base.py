@@ -100,9 +100,7 @@ class Task(abc.ABC):
     def describe(self) -> str:
         """Name and the settings that are not the default ones."""
         changed = [
-            f"{field.name}={getattr(self, field.name)}"
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
+            f"{field.name}={getattr(self, field.name)}" for field in dataclasses.fields(self) if getattr(self, field.name) != field.default
         ]
         return f"{self.name}({','.join(changed)})" if changed else self.name
 

@@ -46,7 +46,9 @@ class FileTask(Task):
             raise InputError(f"task file {self.path}: {getattr(error, 'strerror', None) or 'not a text in UTF-8'}") from None
         rows = [(f"{self.path}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         if not rows:
-            raise InputError(f"task file {self.path} is empty; give a JSON object a line, with prompt (or context and question) and answers")
+            raise InputError(
+                f"task file {self.path} is empty; give a JSON object a line, with prompt (or context and question) and answers"
+            )
         return [(where, _checked(where, line)) for where, line in rows]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from kvjax.errors import InputError
 
 _MESSAGE = "kvjax-message"
-_PADS = (" .", ".", "\n", " ")
+_PADS = (" .", " -", " and", " the", " a", ".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Frame:
         return [word for word, size in zip(words, sizes, strict=True) if size == usual]
 
     def pad(self, count: int) -> list[int]:
-        """`count` tokens that say nothing: dots where a tokenizer has them as single tokens."""
+        """`count` tokens that say nothing: dots, or a short word again and again, whatever a tokenizer has as one token."""
         for unit in _PADS:
             ids = self.ids(unit * count)
             if len(ids) == count:

@@ -90,12 +90,14 @@ def passage(frame: Frame, kind: str, rng: np.random.Generator, length: int) -> l
     plain = Frame(frame.tokenizer)
     if kind == "code":
         source = recall.standard_library(held_out=True)
-        at = int(rng.integers(0, len(source) - 16 * length))
-        lines = iter(source[at:].tobytes().decode(errors="ignore").split("\n")[1:])
-        text, ids = "", list[int]()
-        while len(ids) < length:
-            text += "".join(line + "\n" for line, _ in zip(lines, range(length), strict=False))
-            ids = plain.begin(text)
+        size = min(64 * length + 1024, len(source) - 1)  # no source has tokens so long
+        at = int(rng.integers(0, len(source) - size))
+        lines = source[at : at + size].tobytes().decode(errors="ignore").splitlines(keepends=True)[1:]
+        ids: list[int] = plain.begin("")
+        for line in lines:
+            if len(ids) >= length:
+                break
+            ids += plain.ids(line)
         return ids[:length]
     sentences = prose()
     at = int(rng.integers(len(sentences)))
