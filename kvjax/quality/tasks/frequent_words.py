@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvjax.errors import InputError
-from kvjax.quality.tasks.base import Example, Task, check_number, turn
+from kvjax.quality.tasks.base import Example, Task, turn
 from kvjax.quality.tasks.frame import Frame
 
 _ASKED, _LETTERS, _VOCABULARY = 3, 6, 100

@@ -1,6 +1,7 @@
 """A chain of assignments among dull sentences: which variables end up with a value (RULER's variable tracking)."""
 
 import dataclasses
+import itertools
 import string
 from typing import ClassVar
 
@@ -47,7 +48,7 @@ class VariableTracking(Task):
         while len(names) <= self.hops:
             names["".join(rng.choice(list(string.ascii_uppercase), _LETTERS))] = None
         chain, value = list(names), number(rng, _DIGITS)
-        lines = [f"VAR {new} = VAR {old}." for old, new in zip(chain, chain[1:], strict=False)]
+        lines = [f"VAR {new} = VAR {old}." for old, new in itertools.pairwise(chain)]
         return chain, value, [f"VAR {chain[0]} = {value}.", *lines]
 
 
