@@ -49,7 +49,7 @@ from kvjax.engine import load, metrics, offline, serve
 from kvjax.engine.engine import Engine
 from kvjax.errors import InputError, KvjaxError, SpecError
 from kvjax.generation import PREFILL_MODES, PrefillPlan, check_positions, generate
-from kvjax.models import Model, load_model
+from kvjax.models import Model, load_model, public
 from kvjax.quality import recall
 from kvjax.quality.speculation import audit_some
 from kvjax.report import plots, profile, table
@@ -82,7 +82,11 @@ def define_flags() -> None:
     flags.DEFINE_string("calibration", None, "What kvjax.calibrate wrote, for infinigen; default: calibrate now.")
     flags.DEFINE_float("link_gbps", None, "Also estimate the transfer time at this link speed, in GB/s (modelled).", lower_bound=0.001)
     flags.DEFINE_integer("page_size", None, "Slots of a page in the paged store; default: 64.", lower_bound=1)
-    flags.DEFINE_string("model", "kvjax-4m", "A bundled model, a preset (with --random_weights), or a Hugging Face or orbax directory.")
+    flags.DEFINE_string(
+        "model", "kvjax-4m",
+        "A bundled model (kvjax-4m, kvjax-1m), a public one that is fetched on first use, a preset (with --random_weights), a .gguf "
+        f"file, or a Hugging Face or orbax directory. Public: {public.DESCRIPTION}.",
+    )  # fmt: skip
     flags.DEFINE_bool("random_weights", False, "Random weights: speed and bytes are real, what the model says is not.")
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 elsewhere.")
     flags.DEFINE_integer("num_prompts", None, "Prompts to run; default: 16 offline, 64 under load, all of a file.", lower_bound=1)
