@@ -11,7 +11,7 @@ import pytest
 from kvjax.cache.steps import Forward
 from kvjax.generation import generate
 from kvjax.models import PRESETS
-from kvjax.models.source import Source
+from kvjax.models.source import Source, model_title
 from kvjax.report.record import model_fields
 
 FIXTURE = pathlib.Path(__file__).parent.parent / "fixtures" / "smollm2"
@@ -73,3 +73,9 @@ def test_greedy_tokens(smollm2, expected):
     prompts = [[int(i) for i in row if i >= 0] for row in expected["prompts"]]
     made = generate(smollm2, prompts, strategy="full", max_new_tokens=64, stop_tokens=())
     np.testing.assert_array_equal(np.array(made.tokens), expected["greedy"])
+
+
+def test_titles_say_it_too(smollm2):
+    assert model_title(model_fields(smollm2)) == "smollm2-135m (weights Q4_1, Apache-2.0)"
+    assert model_title({"model_id": "kvjax-4m", "model_weights": None, "model_license": None}) == "kvjax-4m"
+    assert model_title({"model_id": "of an older record"}) == "of an older record"
