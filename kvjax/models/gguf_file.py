@@ -17,14 +17,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
-from kvjax.errors import ModelError
+from kvjax.errors import ModelError, clipped
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_ENTRIES = 1 << 16
 """Metadata entries, and tensors, that a file may have."""
-MAX_HEADER = 1 << 28
-"""Bytes of metadata and tensor descriptions together; the largest vocabularies take a twentieth of it."""
+MAX_HEADER = 1 << 26
+"""Bytes of metadata and tensor descriptions together; the largest vocabularies take a quarter of it."""
 _MAX_NAME = 1 << 16
 _MAX_DIMS = 4
 _MAX_NESTING = 2
@@ -70,7 +70,7 @@ class GgufFile:
 
     def error(self, message: str) -> ModelError:
         """An error that names the file."""
-        return ModelError(f"{self.path}: {message}")
+        return ModelError(f"{self.path}: {clipped(message)}")
 
     def read(self, tensor: TensorInfo, dtype: DTypeLike, rows: np.ndarray | None = None) -> Shaped[np.ndarray, "..."]:
         """One tensor, dequantised and cast to `dtype`; a block of about a million values at a time is in memory besides.
@@ -131,7 +131,7 @@ class _Cursor:
     at: int = 0
 
     def error(self, message: str) -> ModelError:
-        return ModelError(f"{self.path} is not a readable GGUF file: {message}")
+        return ModelError(f"{self.path} is not a readable GGUF file: {clipped(message)}")
 
     def take(self, count: int, what: str) -> bytes:
         """The next bytes."""
@@ -172,14 +172,16 @@ class _Cursor:
             raise self.error(f"{what} is nested too deep")
         if kind in _SCALARS:
             return self._scalars(kind, count, what)
-        if count > (self.size - self.at) // 8:  # a string or an array takes 8 bytes at least
-            raise self.error(f"{what} has {count} elements, more than the file has room for")
+        self._check_room(count, 8, what)  # a string or an array takes 8 bytes at least
         return [self.value(kind, what, nesting + 1) for _ in range(count)]
+
+    def _check_room(self, count: int, size: int, what: str) -> None:
+        if count > (min(self.size, MAX_HEADER) - self.at) // size:
+            raise self.error(f"{what} has {count} elements, more than there is room for; is the file truncated?")
 
     def _scalars(self, kind: int, count: int, what: str) -> list[Any]:
         dtype = np.dtype(_SCALARS[kind])
-        if count > (self.size - self.at) // dtype.itemsize:
-            raise self.error(f"{what} has {count} elements, more than the file has room for")
+        self._check_room(count, dtype.itemsize, what)
         values = np.frombuffer(self.take(count * dtype.itemsize, what), dtype)
         return (values.astype(bool) if kind == _BOOL else values).tolist()
 

@@ -80,20 +80,17 @@ def tokenizer(file: GgufFile) -> LibraryTokenizer | None:
     if kind in ("none", "no_vocab"):
         return None
     if kind != "gpt2":
-        name = "SentencePiece" if kind == "llama" else "tokenizer"
-        raise file.error(f"{name} tokenizers ({kind!r}) are not supported; supported: byte-level BPE ('gpt2')")
+        name = " (SentencePiece)" if kind == "llama" else ""
+        raise file.error(f"tokenizer {kind!r}{name} is not supported; supported: 'gpt2' (byte-level BPE)")
     pre = file.metadata.get("tokenizer.ggml.pre", "default")
     if pre not in tuple(_PRE):
         raise file.error(f"pre-tokenizer {pre!r} is not supported; supported: {', '.join(_PRE)}")
     tokens, types = _tokens(file)
-    merges = [_merge(file, merge) for merge in _list(file, "tokenizer.ggml.merges", str)]
     vocabulary: dict[str, int] = {}
     for index, token in enumerate(tokens):
         vocabulary.setdefault(token, index)
-    try:
-        made = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS))
-    except Exception as error:  # the Rust side raises bare Exception
-        raise file.error(f"the merges of the tokenizer do not fit its tokens: {error}") from None
+    merges = [_merge(file, merge, vocabulary) for merge in _list(file, "tokenizer.ggml.merges", str)]
+    made = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS))
     if pre in _COMPOSED:
         made.normalizer = normalizers.NFC()
     made.pre_tokenizer = _PRE[pre]()
@@ -161,8 +158,10 @@ def _list(file: GgufFile, key: str, kind: type) -> list[Any]:
     return values
 
 
-def _merge(file: GgufFile, merge: str) -> tuple[str, str]:
+def _merge(file: GgufFile, merge: str, vocabulary: Mapping[str, int]) -> tuple[str, str]:
+    """The two tokens that become one. They are looked up here, because the library would panic over one that does not exist."""
     at = merge.find(" ", 1)
-    if at < 0:
-        raise file.error(f"the merge {merge[:40]!r} of the tokenizer is not two tokens")
-    return merge[:at], merge[at + 1 :]
+    left, right = merge[:at], merge[at + 1 :]
+    if at < 0 or not all(part in vocabulary for part in (left, right, left + right)):
+        raise file.error(f"the merge {merge[:40]!r} of the tokenizer is not of two tokens that make a third")
+    return left, right

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kvjax.errors import ModelError, SpecError
+from kvjax.errors import ModelError, SpecError, clipped
 from kvjax.models.config import Activation, FactorScaling, LinearScaling, Llama3Scaling, ModelConfig, Norm, Rope
 
 CONFIG_FILE = "config.json"
@@ -53,7 +53,7 @@ class Settings:
     values: Mapping[str, Any]
 
     def error(self, message: str) -> ModelError:
-        return ModelError(f"{self.path}: {message}")
+        return ModelError(f"{self.path}: {clipped(message)}")
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self._value(key, default)

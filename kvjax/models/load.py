@@ -26,15 +26,15 @@ class Model:
     Attributes:
       params: the Flax variables of `decoder`.
       tokenizer: None where nothing says what the token ids mean (presets; a directory without tokenizer.json).
-      source: how the weights were stored and on what terms they come; None where nothing says so, and for random ones.
       stringing: how layers become programs (kvjax.runtime.forward); None: by depth and device.
+      source: how the weights were stored and on what terms they come; None where nothing says so, and for random ones.
     """
 
     config: ModelConfig
     params: parameters.Parameters
     tokenizer: Tokenizer | None
-    source: Source | None = None
     stringing: Stringing | None = None
+    source: Source | None = None
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -130,7 +130,7 @@ def _gguf(path: pathlib.Path, dtype: jnp.dtype, random_weights: bool, seed: int,
     tokenizer = gguf_tokenizer.tokenizer(file)
     if random_weights:
         return Model(config, parameters.random(config, dtype, seed, sharding), tokenizer)
-    return Model(config, gguf.load_parameters(file, config, dtype, sharding), tokenizer, gguf.source(file))
+    return Model(config, gguf.load_parameters(file, config, dtype, sharding), tokenizer, source=gguf.source(file))
 
 
 def parse_dtype(dtype: DTypeLike | None) -> jnp.dtype:

