@@ -378,7 +378,9 @@ def commit(model: Model, staged: StagedPrompts, strategy: Strategy, max_new: int
     layers = tuple(dataclasses.replace(layer, score=layer.score[which]) for layer in staged.kv.layers)
     shape = cache_shape(model)
     empty = _allocated(model, strategy, staged.kv.length, staged.length, max_new)
-    return settle(strategy, staged.kv.over(layers), empty, guides(model.params, shape.num_layers))
+    length, prompt_length = jnp.copy(staged.kv.length), jnp.copy(staged.kv.prompt_length)  # its own: a state is donated
+    source = dataclasses.replace(staged.kv.over(layers), length=length, prompt_length=prompt_length)
+    return settle(strategy, source, empty, guides(model.params, shape.num_layers))
 
 
 def prefill(decoder: Decoder, params, tokens, kv: KVState, step: Prefill | Stage) -> tuple[Float[Array, "B V"], KVState]:
