@@ -99,6 +99,9 @@ def generate(
       stop_tokens: ids that end a row; None: the model's own.
       steps_per_call: decode steps per call of the compiled program; tokens become known that many at a time.
 
+    Lengths are rounded up (`bucket`), so that prompts of similar lengths share compiled programs: up to an eighth of the prompt more is
+    computed, and room allocated, than the longest row needs. What a row keeps and generates does not depend on it.
+
     Raises:
       SpecError: an unknown strategy or option.
       InputError: no prompts, an empty prompt, ids outside the vocabulary, or more tokens than the model has positions for.
@@ -108,7 +111,7 @@ def generate(
     parts, times = [], []
     for emitted in stream(
         model, prompts, strategy=strategy, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
-        stop_tokens=stop_tokens, prefill=prefill, steps_per_call=steps_per_call,
+        stop_tokens=stop_tokens, prefill=prefill, steps_per_call=steps_per_call, buckets=True,
     ):  # fmt: skip
         parts.append(emitted.tokens)
         times.append(time.perf_counter() - began)
@@ -129,11 +132,13 @@ def stream(
     prefill: PrefillPlan = PrefillPlan(),
     steps_per_call: int = 1,
     reserve: int = 0,
+    buckets: bool = False,
 ) -> Iterator[Emitted]:
     """Like `generate`, but yields tokens as they become known: first the prompt's next token, then `steps_per_call` at a time.
 
     Args (beyond those of `generate`):
       reserve: allocate room for at least this many new tokens, so that calls of different lengths share compiled programs.
+      buckets: round lengths up, as `generate` does; False: to the token.
 
     The state inside an Emitted is valid until the next one is asked for: the following call takes over its memory.
     """
@@ -145,7 +150,12 @@ def stream(
     stops = tuple(int(t) for t in (model.config.stop_tokens if stop_tokens is None else stop_tokens))
     seeds = jax.device_put((seed + np.arange(len(lengths))).astype(np.int32), model.placement)
 
-    logits, kv = run_prefill(model, strategy, tokens, lengths, max(max_new_tokens, reserve), prefill)
+    room = max(max_new_tokens, reserve)
+    if buckets and prefill.chunk is None:
+        longest = min(bucket(tokens.shape[1]), model.config.max_position - room)
+        tokens = np.pad(tokens, ((0, 0), (0, longest - tokens.shape[1])))
+        room = min(bucket(room), model.config.max_position - longest)
+    logits, kv = run_prefill(model, strategy, tokens, lengths, room, prefill)
     token = first_token(sampling, logits, seeds, kv.length)
     remaining = left_after(jax.device_put(np.full(token.shape, max_new_tokens, np.int32), model.placement), token, stops)
     yield Emitted(np.asarray(token)[:, None], kv)
@@ -208,6 +218,12 @@ def feed(model: Model, strategy: Strategy, kv: KVState, token_ids: Int[Array, "B
         parts.append(logits)
     empty = jnp.zeros((tokens.shape[0], 0, model.config.vocab_size), jnp.float32)
     return jnp.concatenate(parts, axis=1) if parts else empty, kv
+
+
+def bucket(length: int) -> int:
+    """`length` rounded up: to a multiple of 16, and to one of eight steps between powers of two, so by less than an eighth from 128 on."""
+    step = max(16, 1 << max((length - 1).bit_length() - 4, 0))
+    return -(-length // step) * step
 
 
 def as_strategy(strategy: str | Strategy) -> Strategy:
