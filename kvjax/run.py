@@ -3,6 +3,7 @@
     python -m kvjax.run --strategy=h2o
     python -m kvjax.run --compare=full,streaming,h2o,oracle_topk --budget=0.2
     python -m kvjax.run --strategy="h2o(heavy=8,recent=8)" --output_dir=runs/h2o --profile_dir=runs/trace
+    python -m kvjax.run --model=smollm2-135m --task=niah_single,kv --query=both --compare=full,h2o --nospeed
     python -m kvjax.run --strategy=vllm --request_rate=4
     python -m kvjax.run --compare=full,vllm,h2o+paged --request_rate=8 --kv_memory=32MiB --goodput=ttft:500,tpot:50
 
@@ -50,7 +51,7 @@ from kvjax.engine.engine import Engine
 from kvjax.errors import InputError, KvjaxError, SpecError
 from kvjax.generation import PREFILL_MODES, PrefillPlan, check_positions, generate
 from kvjax.models import Model, load_model, public
-from kvjax.quality import recall
+from kvjax.quality import recall, task_flags
 from kvjax.quality.speculation import audit_some
 from kvjax.report import plots, profile, table
 from kvjax.report import record as records
@@ -65,7 +66,7 @@ LOAD_ONLY = (
     *LOAD_FLAGS, "burstiness", "trace_speed", "shared_prefix", "kv_memory", "host_memory", "max_num_seqs", "max_num_batched_tokens",
     "enable_prefix_caching", "goodput",
 )  # fmt: skip
-OFFLINE_ONLY = ("batch_size", "prefill_mode", "quality")
+OFFLINE_ONLY = ("batch_size", "prefill_mode", "quality", *task_flags.NAMES)
 
 
 def define_flags() -> None:
@@ -102,6 +103,7 @@ def define_flags() -> None:
     flags.DEFINE_float("top_p", 1.0, "Sample from the most likely tokens that reach this probability.", lower_bound=0.0, upper_bound=1.0)
     flags.DEFINE_integer("seed", 0, "Seed of the prompts and of sampling.")
     flags.DEFINE_bool("quality", True, "Measure fidelity and recall; --noquality gives speed and bytes alone, sooner.")
+    task_flags.define_flags()
     flags.DEFINE_string("request_rate", None, "Requests per second, or inf for all at once: serve under load.")
     flags.DEFINE_float("burstiness", 1.0, "Shape of the gamma distribution of gaps: 1 Poisson, less burstier, inf evenly spaced.")
     flags.DEFINE_string(
@@ -205,6 +207,8 @@ def check_flags(under_load: bool) -> None:
                 f"--{given[0]} has no meaning under load; leave it out, or the load ({', '.join('--' + f for f in LOAD_FLAGS)})"
             )
         raise SpecError(f"--{given[0]} needs a load; add one of {', '.join('--' + f for f in LOAD_FLAGS)}, for example --request_rate=4")
+    if not under_load:
+        task_flags.check_flags()
     for flag in ("input_len", "output_len"):
         load.parse_lengths(str(FLAGS[flag].value))
         if not under_load:
@@ -357,24 +361,30 @@ def run_offline(
     check_positions(model, input_len, max(output_len, questions))
     workload = offline.make_workload(model, num_prompts, input_len, FLAGS.seed, FLAGS.num_facts)
 
+    tasks = task_flags.check_flags()
+    judges, times = FLAGS.quality and not tasks, FLAGS.speed
     batches = offline.steps_of(workload, batch_size) - 1
     columns = (TextColumn("{task.description:<40}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
     measured = []
     guides = [guided(model, strategy, console) for strategy in chosen]
     with Progress(*columns, console=console, transient=True) as progress:
-        judging = batches * (1 + len(chosen)) if FLAGS.quality else 0
-        task = progress.add_task("quality", total=judging + (1 + batches) * len(chosen))
+        total = batches * (1 + len(chosen)) if judges else task_flags.steps(tasks, len(chosen), num_prompts, batch_size)
+        task = progress.add_task("quality", total=total + ((1 + batches) * len(chosen) if times else 0))
 
         def report(what: str, name: str) -> None:
             progress.update(task, advance=1, description=f"{name}: {what}")
 
+        answers = task_flags.ask(
+            list(zip(guides, chosen, strict=True)), tasks, length=input_len, count=num_prompts, batch_size=batch_size,
+            progress=lambda what: progress.update(task, advance=1, description=what),
+        )  # fmt: skip
         qualities = [offline.Quality()] * len(chosen)
-        if FLAGS.quality:
+        if judges:
             qualities = offline.judge(
                 list(zip(guides, chosen, strict=True)), workload, batch_size=batch_size, reserve=output_len, plan=plan, seed=FLAGS.seed,
                 progress=lambda what: report(what, "quality"),
             )  # fmt: skip
-        for prepared, strategy, quality in zip(guides, chosen, qualities, strict=True):
+        for prepared, strategy, quality in zip(guides, chosen, qualities, strict=True) if times else ():
             name = strategy.describe()
             progress.update(task, description=f"{name}: compiling")
             measured.append(
@@ -387,14 +397,20 @@ def run_offline(
     options |= {name: FLAGS[name].value for name in ("calibration", "link_gbps")}
     options |= {"input_len": input_len, "output_len": output_len, "batch_size": batch_size, "random_weights": FLAGS.random_weights}
     found = [records.record(m, model, workload, options) for m in measured]
+    if not times:
+        found = [records.untimed(strategy, model, options | {"num_prompts": num_prompts}) for strategy in chosen]
+    if tasks:
+        found = [record | {"tasks": own} for record, own in zip(found, answers, strict=True)]
     if profile_dir is not None:
         traced = profile_strategies(profile_dir, model, chosen, workload, batch_size, sampling, plan, console)
         found = [record | times for record, times in zip(found, traced, strict=True)]
     table.show(found, console)
     if output_dir is not None:
         records.write(output_dir, found, measured, workload, model)
-        plots.overview(found, output_dir / "overview.png")
-        console.print(f"wrote record.json, requests.jsonl, samples.txt and overview.png to {output_dir}", highlight=False)
+        if times:
+            plots.overview(found, output_dir / "overview.png")
+        also = ", requests.jsonl, samples.txt and overview.png" if times else ""
+        console.print(f"wrote record.json{also} to {output_dir}", highlight=False)
 
 
 def profile_strategies(

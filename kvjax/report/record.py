@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from kvjax.cache import Strategy
 from kvjax.engine.engine import Engine
 from kvjax.engine.load import Load
 from kvjax.engine.metrics import TPOT_DEFINITION, Goodput
@@ -79,6 +80,19 @@ def record(measurement: Measurement, model: Model, workload: Workload, options: 
         **measurement.ledger.record(),
         **_transfer(measurement, options),
         **quality,
+    }
+
+
+def untimed(strategy: Strategy, model: Model, options: dict[str, Any]) -> dict[str, Any]:
+    """The flat record of a strategy that was only put tasks to. `options` are the settings the run was asked for."""
+    return {
+        **setting(),
+        "model_id": model.config.name,
+        "dtype": str(model.dtype),
+        "strategy": strategy.describe(),
+        "store": strategy.store.name,
+        "workload": "tasks",
+        **options,
     }
 
 
