@@ -10,6 +10,7 @@
 
 `step` decides what to compute, dispatches it, and while the device works reads what the step before has computed: tokens are known one
 step after they were dispatched. Greedy output does not depend on what else is being served, in which order, or on preemptions.
+An interrupt (Ctrl-C) comes between two calls, never in the midst of one, so the engine can go on after it.
 """
 
 import collections
@@ -34,6 +35,7 @@ from kvjax.engine.metrics import Sample
 from kvjax.engine.scheduler import Chunk, Limits, Need, Scheduler, Sequence, Status
 from kvjax.errors import InputError, SpecError
 from kvjax.generation import as_strategy, cache_shape, encode
+from kvjax.interrupts import held
 from kvjax.models import Model
 from kvjax.sampling import Sampling
 
@@ -180,6 +182,12 @@ class Engine:
         """Whether a step would do anything."""
         return bool(self.scheduler.busy or self._pending or self._outputs)
 
+    @property
+    def requests(self) -> tuple[str, ...]:
+        """Names of the requests that are being served."""
+        return tuple(self._sequences)
+
+    @held()
     def add(
         self,
         request: str,
@@ -217,6 +225,7 @@ class Engine:
         self._sequences[request] = sequences
         self.scheduler.add(sequences[0])
 
+    @held()
     def abort(self, request: str) -> None:
         """Ends a request, whatever it is doing. Raises InputError for one that is not being served."""
         if request not in self._sequences:
@@ -225,6 +234,7 @@ class Engine:
             if not sequence.status.ended:
                 self._end(sequence, Status.ABORTED, "abort")
 
+    @held()
     def preempt(self, request: str, swap: bool = False) -> None:
         """Takes a request's row and queues it again. For tests, experiments, and whoever has something more urgent to serve.
 
@@ -250,6 +260,7 @@ class Engine:
         outputs, self._outputs = self._outputs, []
         return outputs
 
+    @held()
     def _turn(self) -> None:
         scheduler = self.scheduler
         if scheduler.shortage():

@@ -1,5 +1,6 @@
 """Figures of a run, from its records."""
 
+import io
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from kvjax.engine.serve import Service
+from kvjax.files import replace
 
 _PURPOSES = (("live", "keys and values", "tab:blue"), ("metadata", "metadata", "tab:orange"), ("empty", "empty", "lightgrey"))
 _DEPTH = "task_recall_depth_"
@@ -23,8 +25,7 @@ def overview(records: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         _recall(records, axes[0, 0])
     _bytes(records, axes[0, -1])
     figure.suptitle(f"{records[0]['model_id']}, {records[0]['input_len']} tokens of prompt, batch {records[0]['batch_size']}", fontsize=10)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def under_load(records: Sequence[dict[str, Any]], services: Sequence[Service], path: pathlib.Path) -> None:
@@ -51,8 +52,15 @@ def under_load(records: Sequence[dict[str, Any]], services: Sequence[Service], p
     figure.suptitle(
         f"{first['model_id']}, {first['num_prompts']} requests, {first['request_rate']} requests/s, {first['kv_memory']}", fontsize=10
     )
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
+
+
+def _save(figure, path: pathlib.Path) -> None:
+    """Writes the figure whole or not at all."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
     plt.close(figure)
+    replace(path, image.getvalue())
 
 
 def _recall(records, axis) -> None:
