@@ -7,6 +7,7 @@ early changes nothing: the program ends as it would have ended.
 import codecs
 import contextlib
 import errno
+import math
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from absl import app, flags
+from jax.errors import JaxRuntimeError
 from rich.console import Console
 
 from kvjax.errors import KvjaxError
@@ -65,6 +67,8 @@ def answered(quietly: bool = False) -> Iterator[None]:
             fail("interrupted", INTERRUPTED)
         if isinstance(error, KvjaxError):
             fail(error)
+        if isinstance(error, MemoryError) or (isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
+            fail(f"out of memory: {' '.join(str(error).split())[:200]}")
         if not isinstance(error, OSError) or error.errno not in UNWRITABLE:
             raise
         if error.filename is None:
@@ -76,16 +80,26 @@ def answered(quietly: bool = False) -> Iterator[None]:
 def parse_flags(argv: list[str]) -> list[str]:
     """Sets FLAGS and returns what is no flag. A flag that is unknown, missing or out of range ends the program like any other bad input."""
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
     except flags.Error as error:
         fail(" ".join(str(error).split()) + "; see --help")
+    for name in flags.FLAGS:
+        value, least = flags.FLAGS[name].value, getattr(flags.FLAGS[name].parser, "lower_bound", None)
+        if isinstance(value, float) and math.isnan(value):
+            fail(f"flag --{name}=nan is not a number" + ("" if least is None else f" >= {least:g}") + "; see --help")
+    return rest
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
     """Says what is wrong, in one line, and ends the program."""
+    notice(message)
+    sys.exit(code)
+
+
+def notice(message: object) -> None:
+    """Says something beside the results, in a line of the standard error."""
     with contextlib.suppress(OSError, ValueError):
         print(f"kvjax: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
 
 
 class Printer(Console):

@@ -32,7 +32,7 @@ import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -42,17 +42,18 @@ from absl import flags, logging
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvjax import calibrate
+from kvjax import calibrate, checks
 from kvjax.cache import STORES, HostStore, Strategy, parse_strategy, split_specs
 from kvjax.cache.stores import TRANSFERS
-from kvjax.command import Printer, answered, fail, start
+from kvjax.command import Printer, answered, fail, notice, start
 from kvjax.engine import load, metrics, offline, serve
 from kvjax.engine.engine import Engine
 from kvjax.errors import InputError, SpecError
+from kvjax.files import plain
 from kvjax.generation import PREFILL_MODES, PrefillPlan, check_positions, generate
 from kvjax.interrupts import held
 from kvjax.lock import locked
-from kvjax.models import Model, load_model
+from kvjax.models import Model, load_model, parameters
 from kvjax.quality import recall
 from kvjax.quality.speculation import audit_some
 from kvjax.report import plots, profile, table
@@ -177,22 +178,24 @@ def run(console: Console) -> None:
     under_load = any(FLAGS[name].value is not None for name in LOAD_FLAGS)
     measure = run_load if under_load else run_offline
     check_flags(under_load)
+    checks.seed("--seed", FLAGS.seed, FLAGS.num_prompts or 64)
     output_dir, profile_dir = writable("output_dir"), writable("profile_dir")
-    with claimed(output_dir, console):
+    with claimed(output_dir):
         model = load_model(FLAGS.model, dtype=FLAGS.dtype, random_weights=FLAGS.random_weights)
+        parameters.check_finite(model.params, model.config.name)
         calibrations.clear()
         measure(console, model, chosen, sampling, output_dir, profile_dir)
 
 
 @contextlib.contextmanager
-def claimed(directory: pathlib.Path | None, console: Console):
+def claimed(directory: pathlib.Path | None) -> Iterator[None]:
     """Holds the directory of the results for this run, and says what it will replace. Raises InputError where another run is writing."""
     if directory is None:
         yield
         return
     with locked(directory):
         if names := records.earlier(directory):
-            console.print(f"{directory} has an earlier run's {', '.join(names)}: this run's will take their place", highlight=False)
+            notice(f"{directory} has an earlier run's {', '.join(names)}: this run's will take their place")
         yield
 
 
@@ -274,7 +277,8 @@ def run_load(
             service = serve_one(console, engine, requests)
             with held():
                 services.append(service)
-                found.append(records.load_record(service, engine, model, requests, options, goodput, FLAGS.max_concurrency is not None))
+                record = records.load_record(service, engine, model, requests, options, goodput, FLAGS.max_concurrency is not None)
+                found.append(plain(record))
             if not service.complete:
                 note = f"interrupted: {service.record_note()}; its record is marked incomplete"
                 console.print(note, style="bold yellow", highlight=False)
@@ -438,7 +442,7 @@ def run_offline(
                 )  # fmt: skip
                 with held():
                     measured.append(one)
-                    found.append(records.record(one, model, workload, options))
+                    found.append(plain(records.record(one, model, workload, options)))
         if profile_dir is not None:
             profile_strategies(profile_dir, model, chosen, workload, batch_size, sampling, plan, console, found)
     except BaseException as error:  # whatever it is, what is complete is kept
