@@ -121,14 +121,14 @@ def test_streams_that_are_closed_take_what_is_printed(monkeypatch):
         command.fail("nowhere")
 
 
-def answer(problem: BaseException, capsys) -> tuple[int | None, str]:
+def answer(problem: BaseException, capsys) -> tuple[int | str | None, str]:
     """The exit code and what was said of a problem; no code where the program went on."""
-    code = None
+    code: int | str | None = None
     try:
         with command.answered():
             raise problem
     except SystemExit as ended:
-        code = ended.code  # type: ignore[assignment]
+        code = ended.code
     return code, capsys.readouterr().err
 
 

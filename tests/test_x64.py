@@ -43,7 +43,7 @@ def test_generated_tokens(byte_model, spec):
     assert narrow == wide
 
 
-@pytest.mark.parametrize("spec", cells(("full", *SPECS[1:])))
+@pytest.mark.parametrize("spec", cells(("full", "h2o(heavy=8,recent=8)", *FURTHER)))
 def test_served_tokens(byte_model, spec):
     model = calibrated(byte_model, parse_strategy(spec)) if spec == "infinigen" else byte_model
 

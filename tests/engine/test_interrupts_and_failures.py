@@ -143,7 +143,7 @@ def test_requests_that_fail_were_not_refused(byte_model, load):
 
 
 def test_a_sampled_request_does_not_depend_on_its_batch(byte_model):
-    workload = offline.without_questions(offline.make_workload(byte_model, 5, 64, 0, 1))
+    workload = offline.make_workload(byte_model, 5, 64, 0, 1)
     sampled = [
         offline.measure(byte_model, "full", workload, batch_size=size, output_len=6, seed=3, sampling=Sampling(1.0), weighs=False).samples
         for size in (2, 4)
