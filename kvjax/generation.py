@@ -99,6 +99,9 @@ def generate(
       stop_tokens: ids that end a row; None: the model's own.
       steps_per_call: decode steps per call of the compiled program; tokens become known that many at a time.
 
+    Lengths are rounded up (`bucket`), so that prompts of similar lengths share compiled programs: up to an eighth of the prompt more is
+    computed, and room allocated, than the longest row needs. What a row keeps and generates does not depend on it.
+
     Raises:
       SpecError: an unknown strategy or option.
       InputError: no prompts, an empty prompt, ids outside the vocabulary, or more tokens than the model has positions for.
@@ -109,7 +112,7 @@ def generate(
     parts, times = [], []
     for emitted in stream(
         model, prompts, strategy=strategy, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
-        stop_tokens=stop_tokens, prefill=prefill, steps_per_call=steps_per_call,
+        stop_tokens=stop_tokens, prefill=prefill, steps_per_call=steps_per_call, buckets=True,
     ):  # fmt: skip
         parts.append(emitted.tokens)
         times.append(time.perf_counter() - began)
@@ -130,11 +133,13 @@ def stream(
     prefill: PrefillPlan = PrefillPlan(),
     steps_per_call: int = 1,
     reserve: int = 0,
+    buckets: bool = False,
 ) -> Iterator[Emitted]:
     """Like `generate`, but yields tokens as they become known: first the prompt's next token, then `steps_per_call` at a time.
 
     Args (beyond those of `generate`):
       reserve: allocate room for at least this many new tokens, so that calls of different lengths share compiled programs.
+      buckets: round lengths up, as `generate` does; False: to the token.
 
     The state inside an Emitted is valid until the next one is asked for: the following call takes over its memory.
     """
@@ -146,6 +151,10 @@ def stream(
     check_positions(model, int(lengths.max()), max_new_tokens)
     stops = tuple(model.config.stop_tokens) if stop_tokens is None else checks.token_set("stop_tokens", stop_tokens)
     seeds = checks.seeds(seed, len(lengths))
+    if buckets and prefill.chunk is None:
+        longest = min(bucket(tokens.shape[1]), model.config.max_position - room)
+        tokens = np.pad(tokens, ((0, 0), (0, longest - tokens.shape[1])))
+        room = min(bucket(room), model.config.max_position - longest)
     return _stream(model, tokens, lengths, strategy, max_new_tokens, sampling, seeds, stops, prefill, steps_per_call, room)
 
 
@@ -237,6 +246,12 @@ def feed(model: Model, strategy: Strategy, kv: KVState, token_ids: Int[Array, "B
         parts.append(logits)
     empty = jnp.zeros((tokens.shape[0], 0, model.config.vocab_size), jnp.float32)
     return jnp.concatenate(parts, axis=1) if parts else empty, kv
+
+
+def bucket(length: int) -> int:
+    """`length` rounded up: to a multiple of 16, and to one of eight steps between powers of two, so by less than an eighth from 128 on."""
+    step = max(16, 1 << max((length - 1).bit_length() - 4, 0))
+    return -(-length // step) * step
 
 
 def as_strategy(strategy: str | Strategy) -> Strategy:
@@ -390,7 +405,9 @@ def commit(model: Model, staged: StagedPrompts, strategy: Strategy, max_new: int
     layers = tuple(dataclasses.replace(layer, score=layer.score[which]) for layer in staged.kv.layers)
     shape = cache_shape(model)
     empty = _allocated(model, strategy, staged.kv.length, staged.length, max_new)
-    return settle(strategy, staged.kv.over(layers), empty, guides(model.params, shape.num_layers))
+    length, prompt_length = jnp.copy(staged.kv.length), jnp.copy(staged.kv.prompt_length)  # its own: a state is donated
+    source = dataclasses.replace(staged.kv.over(layers), length=length, prompt_length=prompt_length)
+    return settle(strategy, source, empty, guides(model.params, shape.num_layers))
 
 
 def prefill(decoder: Decoder, params, tokens, kv: KVState, step: Prefill | Stage) -> tuple[Float[Array, "B V"], KVState]:

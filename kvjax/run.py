@@ -42,7 +42,7 @@ from absl import flags, logging
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvjax import calibrate, checks
+from kvjax import calibrate, checks, compilation
 from kvjax.cache import STORES, HostStore, Strategy, parse_strategy, split_specs
 from kvjax.cache.stores import TRANSFERS
 from kvjax.command import Printer, answered, fail, notice, start
@@ -53,7 +53,7 @@ from kvjax.files import plain
 from kvjax.generation import PREFILL_MODES, PrefillPlan, check_positions, generate
 from kvjax.interrupts import held
 from kvjax.lock import locked
-from kvjax.models import Model, load_model, parameters
+from kvjax.models import Model, load_model, parameters, public
 from kvjax.quality import recall
 from kvjax.quality.speculation import audit_some
 from kvjax.report import plots, profile, table
@@ -74,6 +74,7 @@ OFFLINE_ONLY = ("batch_size", "prefill_mode", "quality")
 
 def define_flags() -> None:
     """Called once, when this module is the program."""
+    compilation.define_flag()
     flags.DEFINE_string("strategy", "h2o", "The strategy to measure: a name, or a spec such as h2o(heavy=8,recent=8).")
     flags.DEFINE_string("compare", None, "Several strategies, separated by commas, side by side in one table; replaces --strategy.")
     flags.DEFINE_string("budget", None, "Tokens (an int) or fraction of the prompt (a float) each strategy may keep or read in total.")
@@ -86,7 +87,11 @@ def define_flags() -> None:
     flags.DEFINE_string("calibration", None, "What kvjax.calibrate wrote, for infinigen; default: calibrate now.")
     flags.DEFINE_float("link_gbps", None, "Also estimate the transfer time at this link speed, in GB/s (modelled).", lower_bound=0.001)
     flags.DEFINE_integer("page_size", None, "Slots of a page in the paged store; default: 64.", lower_bound=1)
-    flags.DEFINE_string("model", "kvjax-4m", "A bundled model, a preset (with --random_weights), or a Hugging Face or orbax directory.")
+    flags.DEFINE_string(
+        "model", "kvjax-4m",
+        "A bundled model (kvjax-4m, kvjax-1m), a public one that is fetched on first use, a preset (with --random_weights), a .gguf "
+        f"file, or a Hugging Face or orbax directory. Public: {public.DESCRIPTION}.",
+    )  # fmt: skip
     flags.DEFINE_bool("random_weights", False, "Random weights: speed and bytes are real, what the model says is not.")
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 elsewhere.")
     flags.DEFINE_integer("num_prompts", None, "Prompts to run; default: 16 offline, 64 under load, all of a file.", lower_bound=1)
@@ -173,6 +178,7 @@ def writable(flag: str) -> pathlib.Path | None:
 
 def run(console: Console) -> None:
     """Loads, measures, writes, prints."""
+    compilation.apply_flag()
     chosen = strategies()
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
     under_load = any(FLAGS[name].value is not None for name in LOAD_FLAGS)

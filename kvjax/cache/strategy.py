@@ -298,14 +298,13 @@ class Strategy:
         """The slots a policy that speculates wants of a layer, most wanted first, and how many of them: [B, Hkv, K] and [B]."""
         assert isinstance(self.store, HostStore)
         partial_keys = self.store.partial_keys(layer.store, kv.shared)
-        capacity, visible = partial_keys.shape[-1], self._stored(layer, kv)
-        rule = self.policy.fused_selection(visible.sum(-1).min(-1), capacity) if isinstance(self.store, KernelHostStore) else None
+        capacity, position = partial_keys.shape[-1], self._positions(layer, kv)
+        rule = self.policy.fused_selection(position, kv.length) if isinstance(self.store, KernelHostStore) else None
         if rule is not None:
-            alpha, most, limit = rule
-            found = speculate(queries, partial_keys, visible, most, alpha=alpha, limit=limit)
+            found = speculate(queries, partial_keys, position >= 0, rule.most, rule.always, alpha=rule.alpha, limit=rule.limit)
             return jnp.minimum(found.index, capacity - 1), jnp.where(active, found.count, 0)
         guess = jnp.einsum("bngp,bnpc->bngc", queries, partial_keys, preferred_element_type=jnp.float32)
-        slot, count = self.policy.select(guess, visible, kv.length)
+        slot, count = self.policy.select(guess, position, kv.length)
         return slot, jnp.where(active, count, 0)
 
     def _fetch(self, layer: LayerState, choice, kv: KVState, active: Bool[Array, " B"]) -> LayerState:
@@ -318,15 +317,16 @@ class Strategy:
 
     def held(self, layer: LayerState, kv: KVState, active: Bool[Array, " B"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
         """Tokens of every active row, and how many of its first slots hold them all: a freed slot may lie between."""
-        stored = self._stored(layer, kv) & active[:, None, None]
+        stored = (self._positions(layer, kv) >= 0) & active[:, None, None]
         ends = jnp.arange(1, stored.shape[-1] + 1, dtype=jnp.int32)
         return stored.sum(-1, dtype=jnp.int32).max(-1), jnp.where(stored, ends, 0).max((1, 2))
 
-    def _stored(self, layer: LayerState, kv: KVState) -> Bool[Array, "B h C"]:
-        """The slots that hold a token."""
+    def _positions(self, layer: LayerState, kv: KVState) -> Int[Array, "B h C"]:
+        """True position of the token in each slot, -1 where there is none."""
         if layer.position is not None:
-            return layer.position >= 0
-        return jnp.arange(self.store.capacity(layer.store, kv.shared)) < kv.length[:, None, None]
+            return layer.position
+        slots = jnp.arange(self.store.capacity(layer.store, kv.shared))
+        return jnp.where(slots < kv.length[:, None, None], slots, -1)
 
     def _speculates(self, index: int) -> bool:
         return self.policy.speculates and index >= self.policy.full_layers

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kvjax.models.config import OPT_POSITION_OFFSET, Activation, Llama3Scaling, ModelConfig, Norm, Rope
+from kvjax.models.config import OPT_POSITION_OFFSET, Activation, FactorScaling, LinearScaling, ModelConfig, Norm, Rope
 from kvjax.models.guide import Guide, QueryGuide
 
 KV = TypeVar("KV")
@@ -272,8 +272,10 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Float[Array, " half"]:
     frequency = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if rope.scaling is None:
         return frequency
-    if not isinstance(rope.scaling, Llama3Scaling):
+    if isinstance(rope.scaling, LinearScaling):
         return frequency / rope.scaling.factor
+    if isinstance(rope.scaling, FactorScaling):
+        return frequency / jnp.array(rope.scaling.factors, jnp.float32)
     scaling = rope.scaling
     turns = scaling.original_max_position * frequency / (2 * jnp.pi)  # rotations inside the original context
     smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)

@@ -292,7 +292,7 @@ class Bench:
         found = self._forced.get(key, make).measure(strategy)
         del found["depths"], found["answered"]
         return {
-            **records.setting(), "model_id": model.config.name, "dtype": str(model.dtype), "strategy": described,
+            **records.setting(), **records.model_fields(model), "strategy": described,
             "store": strategy.store.name, "workload": "recall",
             "num_prompts": cell.num_prompts, "input_len": cell.input_len, "batch_size": cell.batch_size, "seed": seed,
             "budget": cell.budget, "task_questions_per_depth": cell.num_prompts, **found,
