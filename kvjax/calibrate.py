@@ -28,14 +28,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import app, flags, logging
+from absl import flags, logging
 from jaxtyping import Array, Float, Int
 
 from kvjax import compilation
 from kvjax.cache import Strategy
 from kvjax.cache.attention import prompt_attention
-from kvjax.command import fail, parse_flags
-from kvjax.errors import InputError, KvjaxError, ModelError, SpecError
+from kvjax.command import answered, start
+from kvjax.errors import InputError, ModelError, SpecError
 from kvjax.models import Decoder, Model, ModelConfig, load_model
 from kvjax.models.checkpoint import MARKER_FILE
 from kvjax.models.guide import Guide, QueryGuide
@@ -445,15 +445,13 @@ def run() -> None:
 
 
 def main(argv: list[str]) -> None:
-    try:
+    with answered():
         if len(argv) > 1:
             raise SpecError(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
         run()
-    except KvjaxError as error:
-        fail(error)
 
 
 if __name__ == "__main__":
     define_flags()
     logging.set_verbosity(logging.WARNING)
-    app.run(main, flags_parser=parse_flags)
+    start(main)
