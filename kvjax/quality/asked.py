@@ -122,8 +122,7 @@ def ask(
     if twice := {name for name in names if names.count(name) > 1}:
         raise SpecError(f"strategy {twice.pop()} is named twice")
     check_query(task, query)
-    frame = Frame.of(model.tokenizer, chat_template and not task.fed)
-    examples = task.examples(frame, length, count, seed)
+    frame, examples = prompts(model, task, length, count, seed, chat_template)
     full = as_strategy(Strategy(Full()))
     everyone = {full.describe(): (model, full)}
     everyone |= {name: (own, _placed(strategy)) for name, (own, strategy) in zip(names, contenders, strict=True)}
@@ -133,6 +132,17 @@ def ask(
         fingerprint(examples), tuple(one.depths for one in examples), answers[full.describe()],
         tuple(answers[name] for name in names),
     )  # fmt: skip
+
+
+def prompts(model: Model, task: Task, length: int, count: int, seed: int, chat_template: bool = True) -> tuple[Frame, list[Example]]:
+    """What `ask` puts to the model. Raises InputError as it does, before anything is computed."""
+    frame = Frame.of(model.tokenizer, chat_template and not task.fed)
+    examples = task.examples(frame, length, count, seed)
+    for one in examples:
+        for turn in one.turns:
+            check_positions(model, len(one.context) + len(turn.query), turn.max_new)
+            check_vocabulary(model, np.concatenate([one.context, turn.query]))
+    return frame, examples
 
 
 def steps_of(task: Task, contenders: int, count: int, batch_size: int) -> int:
@@ -204,10 +214,6 @@ def _asked(
     """Answers by strategy; the first one is the full cache."""
     model = next(iter(contenders.values()))[0]
     room = max(turn.max_new for one in examples for turn in one.turns)
-    longest = max(len(one.context) + len(turn.query) for one in examples for turn in one.turns)
-    check_positions(model, longest, room)
-    for one in examples:
-        check_vocabulary(model, np.concatenate([one.context, *(turn.query for turn in one.turns)]))
     parts: dict[str, list[Answers]] = {name: [] for name in contenders}
     for batch in _batches(examples, query, task.fed, batch_size):
         few = examples[batch.real]

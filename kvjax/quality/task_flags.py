@@ -37,6 +37,8 @@ def check_flags() -> list[Task]:
         if idle := [name for name in NAMES if FLAGS[name].present]:
             raise SpecError(f"--{idle[0]} needs a task; add one, for example --task=niah_single")
         return []
+    if not FLAGS.speed and FLAGS.profile_dir is not None:
+        raise SpecError("--nospeed leaves nothing to trace for --profile_dir; leave one of them out")
     if FLAGS.prefill_mode == "bounded":
         raise SpecError("--prefill_mode=bounded has no meaning for tasks, whose prompts go in whole; leave it or --task out")
     tasks = parse_tasks(FLAGS.task)
@@ -65,8 +67,13 @@ def ask(
     count: int,
     batch_size: int,
     progress: Callable[[str], None],
-) -> list[list[dict[str, Any]]]:
-    """Puts every task in every way the flags say. Returns by strategy the records of kvjax.quality.asked, one a task and way of asking."""
+) -> list[dict[str, Any]]:
+    """Puts every task in every way the flags say.
+
+    Returns by strategy what goes into its record: `tasks`, a list of the records of kvjax.quality.asked; nothing without tasks.
+    """
+    for task in tasks:  # what is wrong with any of them is said first
+        asked.prompts(contenders[0][0], task, length, count, FLAGS.seed, FLAGS.chat_template)
     found: list[list[dict[str, Any]]] = [[] for _ in contenders]
     for task in tasks:
         for query in _queries(task):
@@ -76,4 +83,4 @@ def ask(
             )  # fmt: skip
             for own, record in zip(found, asked.records(outcome), strict=True):
                 own.append(record)
-    return found
+    return [{"tasks": own} if tasks else {} for own in found]

@@ -188,7 +188,7 @@ def tokens(amount: Amount, prompt_length: Any) -> Any:
         return amount if isinstance(prompt_length, int) else jnp.full_like(prompt_length, amount)
     ratio = Fraction(amount).limit_denominator(1000)
     share = prompt_length * ratio.numerator // ratio.denominator
-    if ratio == 0:
+    if amount == 0:
         return share
     return max(share, 1) if isinstance(share, int) else jnp.maximum(share, 1)
 
@@ -202,6 +202,8 @@ def check_amount(owner: str, name: str, amount: Amount) -> None:
     """Raises SpecError unless `amount` is a number of tokens >= 0 or a fraction in [0, 1]."""
     if isinstance(amount, bool) or not isinstance(amount, int | float):
         raise SpecError(f"{owner}: {name}={amount!r} is not a number; give an int (tokens) or a float (fraction of the prompt)")
+    if isinstance(amount, int) and amount >= 2**31:
+        raise SpecError(f"{owner}: {name} is more tokens than any prompt has; give up to {2**31 - 1}")
     if isinstance(amount, int) and amount < 0:
         raise SpecError(f"{owner}: {name}={amount} is negative; give tokens >= 0 or a fraction between 0 and 1")
     if isinstance(amount, float) and not 0.0 <= amount <= 1.0:
