@@ -192,8 +192,8 @@ def write(
         for measurement in measurements
         for index, (timeline, tokens) in enumerate(zip(measurement.timelines, measurement.samples, strict=True))
     ]
-    texts = {REQUESTS: json_lines(requests)}
-    if model.tokenizer is not None:
+    texts = {REQUESTS: json_lines(requests)} if measurements else {}
+    if model.tokenizer is not None and measurements:
         text = []
         for measurement in measurements:
             for index, tokens in enumerate(measurement.samples[:4]):

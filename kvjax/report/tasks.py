@@ -22,7 +22,7 @@ def rows(records: Sequence[Sequence[Record]]) -> list[tuple[str, list[str]]]:
             made.append((f"{label} ({full})", [share(record, "task_score") for record in several]))
             made.append(("  minus full cache", [loss(record) for record in several]))
             if len(several) > 1 and first["strategy"] != "full":
-                made.append(("  minus " + first["strategy"], [gain(record) for record in several]))
+                made.append(("  minus " + first["strategy"], ["", *(gain(record) for record in several[1:])]))
         else:
             made.append((f"{label} ({full}: {NOT_RANKED})", [f"({share(record, 'task_score')})" for record in several]))
         if any("fidelity_kld_mean" in record for record in several):
