@@ -37,6 +37,7 @@ from kvjax.quality import asked
 from kvjax.quality.paired import Interval, difference, interval
 from kvjax.quality.tasks import Query, Task, parse_tasks
 from kvjax.report.record import model_fields, setting
+from kvjax.report.tasks import signed, whole
 from kvjax.sweep import log
 
 FLAGS = flags.FLAGS
@@ -273,7 +274,7 @@ def _gate_cell(pool: Pool | None) -> str:
     if pool.nll is not None and pool.score is None:
         return f"{np.exp(pool.nll):.1f} (n={pool.examples})"
     assert pool.score is not None
-    text = f"{100 * pool.score.mean:.0f}"
+    text = whole(pool.score.mean)
     passed = pool.score.mean >= asked.GATE
     return f"{f'**{text}**' if passed else text}{_brackets(pool.score)} (n={pool.examples})"
 
@@ -291,7 +292,7 @@ def strategy_tables(pooled: dict[Key, Pool]) -> list[str]:
                 continue
             ranked = full.score is None or full.score.mean >= asked.GATE
             cells = [_cell(pooled.get((task, length, query, name)), ranked) for name in names]
-            base = f"NLL {full.nll:.3f}" if full.score is None else f"{100 * full.score.mean:.0f}"
+            base = f"NLL {full.nll:.3f}" if full.score is None else whole(full.score.mean)
             lines.append(_row([task if ranked else f"{task} (below the gate, not ranked)", query, str(full.examples), base, *cells]))
         lines.append("")
     return lines
@@ -302,14 +303,14 @@ def _cell(pool: Pool | None, ranked: bool) -> str:
         return ""
     if pool.score is None or pool.loss is None:
         return "" if pool.nll_more is None else f"KLD {pool.kld:.4f}, NLL {pool.nll_more.mean:+.3f}"
-    text = f"{100 * pool.score.mean:.0f}"
+    text = whole(pool.score.mean)
     if not ranked or pool.loss.low is None or pool.loss.high is None:
         return text
-    return f"{text} ({-100 * pool.loss.mean:+.0f} [{-100 * pool.loss.high:.0f}, {-100 * pool.loss.low:.0f}])"
+    return f"{text} ({signed(-pool.loss.mean)} [{whole(-pool.loss.high)}, {whole(-pool.loss.low)}])"
 
 
 def _brackets(value: Interval) -> str:
-    return "" if value.low is None or value.high is None else f" [{100 * value.low:.0f}, {100 * value.high:.0f}]"
+    return "" if value.low is None or value.high is None else f" [{whole(value.low)}, {whole(value.high)}]"
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -40,7 +40,7 @@ def _fed(where: str, several: Sequence[Record]) -> list[tuple[str, list[str]]]:
 
 def share(record: Record, key: str) -> str:
     """A score as per cent, with its interval: `93 [86, 98]`."""
-    return f"{100 * record[key]:.0f}{_interval(record, key)}"
+    return whole(record[key]) + _interval(record, key)
 
 
 def loss(record: Record) -> str:
@@ -48,17 +48,25 @@ def loss(record: Record) -> str:
     if record["strategy"] == "full":
         return ""
     low, high = record["task_loss_low"], record["task_loss_high"]
-    turned = {"loss": -record["task_loss"], "loss_low": None if high is None else -high, "loss_high": None if low is None else -low}
-    return f"{100 * turned['loss']:+.0f}{_interval(turned, 'loss')}"
+    turned = {"less": -record["task_loss"], "less_low": high and -high, "less_high": low and -low}
+    return signed(turned["less"]) + _interval(turned, "less")
 
 
 def gain(record: Record) -> str:
     """Points beside the first strategy."""
-    return f"{100 * record['task_gain_over_first']:+.0f}{_interval(record, 'task_gain_over_first')}"
+    return signed(record["task_gain_over_first"]) + _interval(record, "task_gain_over_first")
+
+
+def whole(share: float) -> str:
+    """Per cent: 0.934 -> '93'."""
+    return str(round(100 * share))
+
+
+def signed(share: float) -> str:
+    """Points: -0.066 -> '-7'."""
+    return f"{round(100 * share):+d}"
 
 
 def _interval(record: Record, key: str) -> str:
     low, high = record[f"{key}_low"], record[f"{key}_high"]
-    if low is None or high is None:
-        return ""
-    return f" [{100 * low:.0f}, {100 * high:.0f}]"
+    return "" if low is None or high is None else f" [{whole(low)}, {whole(high)}]"
