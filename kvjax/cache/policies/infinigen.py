@@ -13,7 +13,7 @@ from kvjax.cache.policies.base import PROTECTED, Amount, FusedSelection, Policy,
 from kvjax.errors import SpecError
 from kvjax.kernels.speculate.base import log_mass
 
-Columns = Literal["sum", "query", "union"]
+Columns = Literal["product", "sum", "query", "union"]
 Count = Literal["request", "batch"]
 GroupJoin = Literal["mass", "max", "mean"]
 Victim = Literal["counter", "lru", "fifo"]
@@ -60,6 +60,7 @@ class InfiniGen(Policy):
     recent: int = 16
     columns: Columns = "sum"
     skew: bool = True
+    correction: bool = False
     count: Count = "request"
     group: GroupJoin = "max"
     pool: Amount | None = None
@@ -81,8 +82,9 @@ class InfiniGen(Policy):
                 raise SpecError(f"infinigen: {name}={value!r} is not a number of {what}")
         if isinstance(self.partial, bool) or not isinstance(self.partial, int | float) or not 0 < self.partial <= 1:
             raise SpecError(f"infinigen: partial={self.partial!r} is not a fraction of the columns above 0 and up to 1")
-        if not isinstance(self.skew, bool):
-            raise SpecError(f"infinigen: skew={self.skew!r} is not True or False")
+        for name in ("skew", "correction"):
+            if not isinstance(getattr(self, name), bool):
+                raise SpecError(f"infinigen: {name}={getattr(self, name)!r} is not True or False")
         if self.pool is not None:
             check_amount("infinigen", "pool", self.pool)
             if not self.pool:
