@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from kvjax.cache import Prefill, parse_strategy
 from kvjax.errors import KvjaxError
-from kvjax.generation import _prefill, decode_steps
+from kvjax.generation import unrolled_prefill, unrolled_steps
 from kvjax.models import preset
 from kvjax.plan import Device, Setting, open_device, programs
 from kvjax.sampling import Sampling
@@ -119,11 +119,13 @@ def lowered(setting: Setting, device: Device, program: Program) -> jax.stages.Lo
     row: Any = jax.ShapeDtypeStruct((rows,), jnp.int32)
     with device.in_scope():
         if program == "decode":
-            arguments = programs.placed(device, (params, programs.state(setting, rows), row, row, row))
-            return decode_steps.lower(decoder, setting.strategy, Sampling(), (), 1, *arguments)
+            count = jax.ShapeDtypeStruct((), jnp.int32)
+            arguments = programs.placed(device, (params, programs.state(setting, rows), row, row, row, count))
+            return unrolled_steps.lower(decoder, setting.strategy, Sampling(), (), 1, *arguments)
         kv = programs.staged(setting) if setting.stages else programs.state(setting, rows)
         step = Prefill(row, setting.strategy, first=False, context=setting.prompt)
-        return _prefill.lower(decoder, *programs.placed(device, (params, jax.ShapeDtypeStruct((rows, CHUNK), jnp.int32), kv, step)))
+        tokens = jax.ShapeDtypeStruct((rows, CHUNK), jnp.int32)
+        return unrolled_prefill.lower(decoder, *programs.placed(device, (params, tokens, kv, step)))
 
 
 def kernels_in(text: str) -> Counter[str]:

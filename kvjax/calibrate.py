@@ -40,6 +40,7 @@ import orbax.checkpoint as ocp
 from absl import app, flags, logging
 from jaxtyping import Array, Float, Int
 
+from kvjax import compilation
 from kvjax.cache import Strategy
 from kvjax.cache.attention import prompt_attention
 from kvjax.command import fail, parse_flags
@@ -523,6 +524,7 @@ def _fold(config: ModelConfig, params: dict[str, Any], skew: Float[np.ndarray, "
 
 def define_flags() -> None:
     """Called once, when this module is the program."""
+    compilation.define_flag()
     flags.DEFINE_string("model", "kvjax-4m", "A bundled model, a preset (with --random_weights), or a Hugging Face or orbax directory.")
     flags.DEFINE_string("output_dir", None, "The directory to write; it must not exist.", required=True)
     flags.DEFINE_integer("num_tokens", SAMPLE_TOKENS, "Tokens of the sample.", lower_bound=1)
@@ -532,6 +534,7 @@ def define_flags() -> None:
 
 def run() -> None:
     """Loads, calibrates, writes, prints."""
+    compilation.apply_flag()
     directory = _new_directory(FLAGS.output_dir)
     model = load_model(FLAGS.model, dtype=FLAGS.dtype, random_weights=FLAGS.random_weights)
     calibration = calibrate(model, sample_tokens(model, FLAGS.num_tokens))

@@ -22,3 +22,8 @@ class InputError(KvjaxError, ValueError):
 
 class MemoryLimitError(InputError):
     """Something that does not fit into the memory it was given."""
+
+
+def clipped(message: str, longest: int = 300) -> str:
+    """A message with a value of someone else's in it, which may be very long, at a readable length."""
+    return message if len(message) <= longest else message[: longest - 3] + "..."

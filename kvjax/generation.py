@@ -19,12 +19,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import host_driven
-from kvjax.cache import CacheShape, Decode, KVState, Ledger, Prefill, Strategy, ledger, parse_strategy
+from kvjax.cache import CacheShape, Decode, KVState, LayerState, Ledger, Prefill, Stage, Strategy, ledger, parse_strategy, stage_for
 from kvjax.errors import InputError, SpecError
 from kvjax.host_driven import is_driven
 from kvjax.kernels.dispatch import current_device
 from kvjax.models import Decoder, Model
 from kvjax.models.guide import Guide, guides
+from kvjax.runtime.forward import forward, scratch, warm
 from kvjax.sampling import Sampling
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray
@@ -98,6 +99,9 @@ def generate(
       stop_tokens: ids that end a row; None: the model's own.
       steps_per_call: decode steps per call of the compiled program; tokens become known that many at a time.
 
+    Lengths are rounded up (`bucket`), so that prompts of similar lengths share compiled programs: up to an eighth of the prompt more is
+    computed, and room allocated, than the longest row needs. What a row keeps and generates does not depend on it.
+
     Raises:
       SpecError: an unknown strategy or option.
       InputError: no prompts, an empty prompt, ids outside the vocabulary, or more tokens than the model has positions for.
@@ -107,7 +111,7 @@ def generate(
     parts, times = [], []
     for emitted in stream(
         model, prompts, strategy=strategy, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
-        stop_tokens=stop_tokens, prefill=prefill, steps_per_call=steps_per_call,
+        stop_tokens=stop_tokens, prefill=prefill, steps_per_call=steps_per_call, buckets=True,
     ):  # fmt: skip
         parts.append(emitted.tokens)
         times.append(time.perf_counter() - began)
@@ -128,11 +132,13 @@ def stream(
     prefill: PrefillPlan = PrefillPlan(),
     steps_per_call: int = 1,
     reserve: int = 0,
+    buckets: bool = False,
 ) -> Iterator[Emitted]:
     """Like `generate`, but yields tokens as they become known: first the prompt's next token, then `steps_per_call` at a time.
 
     Args (beyond those of `generate`):
       reserve: allocate room for at least this many new tokens, so that calls of different lengths share compiled programs.
+      buckets: round lengths up, as `generate` does; False: to the token.
 
     The state inside an Emitted is valid until the next one is asked for: the following call takes over its memory.
     """
@@ -142,11 +148,16 @@ def stream(
     tokens, lengths = encode(model, prompts)
     check_positions(model, int(lengths.max()), max_new_tokens)
     stops = tuple(int(t) for t in (model.config.stop_tokens if stop_tokens is None else stop_tokens))
-    seeds = jnp.asarray(seed + np.arange(len(lengths)), jnp.int32)
+    seeds = jax.device_put((seed + np.arange(len(lengths))).astype(np.int32), model.placement)
 
-    logits, kv = run_prefill(model, strategy, tokens, lengths, max(max_new_tokens, reserve), prefill)
+    room = max(max_new_tokens, reserve)
+    if buckets and prefill.chunk is None:
+        longest = min(bucket(tokens.shape[1]), model.config.max_position - room)
+        tokens = np.pad(tokens, ((0, 0), (0, longest - tokens.shape[1])))
+        room = min(bucket(room), model.config.max_position - longest)
+    logits, kv = run_prefill(model, strategy, tokens, lengths, room, prefill)
     token = first_token(sampling, logits, seeds, kv.length)
-    remaining = left_after(jnp.full(token.shape, max_new_tokens, jnp.int32), token, stops)
+    remaining = left_after(jax.device_put(np.full(token.shape, max_new_tokens, np.int32), model.placement), token, stops)
     yield Emitted(np.asarray(token)[:, None], kv)
     done = 1
     while done < max_new_tokens and bool(np.asarray(remaining).any()):
@@ -154,9 +165,9 @@ def stream(
         if is_driven(strategy):
             kv, token, remaining, out = driven_steps(model, strategy, sampling, stops, steps, kv, token, remaining, seeds)
         else:
-            arguments = (model.params, kv, token, remaining, seeds)
-            kv, token, remaining, out = decode_steps(model.decoder, strategy, sampling, stops, steps, *arguments)
-        yield Emitted(np.asarray(out), kv)
+            arguments = (model.params, kv, token, remaining, seeds, steps)
+            kv, token, remaining, out = decode_steps(model.decoder, strategy, sampling, stops, steps_per_call, *arguments)
+        yield Emitted(np.asarray(out)[:, :steps], kv)
         done += steps
 
 
@@ -185,15 +196,34 @@ def score(
     check_positions(model, prompt_len, total - prompt_len)
     lengths = np.full(batch, prompt_len, np.int32)
     logits, kv = run_prefill(model, strategy, token_ids[:, :prompt_len], lengths, max(1, total - prompt_len, reserve), prefill)
-    rest = jnp.asarray(token_ids[:, prompt_len:], jnp.int32)
-    if is_driven(strategy):
-        everyone, parts = jnp.ones(batch, bool), []
-        for t in range(rest.shape[1]):
-            fresh, kv = host_driven.decode(model, strategy, kv, rest[:, t], everyone)
-            parts.append(fresh)
-        return jnp.concatenate([logits[:, None], *parts], axis=1)
-    following, _ = _score_steps(model.decoder, strategy, model.params, kv, rest)
+    following, _ = feed(model, strategy, kv, token_ids[:, prompt_len:])
     return jnp.concatenate([logits[:, None], following], axis=1)
+
+
+def feed(model: Model, strategy: Strategy, kv: KVState, token_ids: Int[Array, "B T"] | np.ndarray) -> tuple[Float[Array, "B T V"], KVState]:
+    """Feeds tokens one by one through the strategy's decode path, whatever the model predicts.
+
+    Takes the memory of `kv` over, as of a donated argument. Returns the float32 logits after every token, and the state behind them.
+    """
+    tokens = jax.device_put(np.asarray(token_ids, np.int32), model.placement)
+    if not is_driven(strategy) and model.decoder.stringing == "unroll":
+        return _feed(model.decoder, strategy, model.params, kv, tokens)
+    everyone = jax.device_put(np.ones(tokens.shape[0], bool), model.placement)
+    parts = []
+    for t in range(tokens.shape[1]):
+        if is_driven(strategy):
+            logits, kv = host_driven.decode(model, strategy, kv, tokens[:, t], everyone)
+        else:
+            logits, kv = forward(model.decoder, model.params, tokens[:, t : t + 1], kv, Decode(everyone, strategy))
+        parts.append(logits)
+    empty = jnp.zeros((tokens.shape[0], 0, model.config.vocab_size), jnp.float32)
+    return jnp.concatenate(parts, axis=1) if parts else empty, kv
+
+
+def bucket(length: int) -> int:
+    """`length` rounded up: to a multiple of 16, and to one of eight steps between powers of two, so by less than an eighth from 128 on."""
+    step = max(16, 1 << max((length - 1).bit_length() - 4, 0))
+    return -(-length // step) * step
 
 
 def as_strategy(strategy: str | Strategy) -> Strategy:
@@ -252,37 +282,145 @@ def run_prefill(
 ) -> tuple[Float[Array, "B V"], KVState]:
     """Allocates the cache and puts the prompts in. Returns the logits of every row's last prompt token."""
     shape, longest = cache_shape(model), tokens.shape[1]
-    allocate = partial(strategy.init, shape, lengths, longest, max_new)
+    allocate = partial(_allocated, model, strategy, lengths, longest, max_new)
     if plan.chunk is None or plan.chunk >= longest:
-        return _prefill(model.decoder, model.params, jnp.asarray(tokens), allocate(), Prefill(jnp.asarray(lengths), strategy))
+        step = Prefill(jax.device_put(lengths, model.placement), strategy)
+        return prefill(model.decoder, model.params, jax.device_put(tokens, model.placement), allocate(), step)
     staged = plan.mode == "faithful" and strategy.policy.kept_tokens(1) is not None
-    kv = strategy.stage(shape, lengths, longest) if staged else allocate()
-    logits = jnp.zeros((len(lengths), model.config.vocab_size), jnp.float32)
+    kv = placed(model, strategy.stage(shape, lengths, longest)) if staged else allocate()
+    logits = jax.device_put(np.zeros((len(lengths), model.config.vocab_size), np.float32), model.placement)
     for start in range(0, longest, plan.chunk):
         piece = tokens[:, start : start + plan.chunk]
         inside = np.clip(lengths - start, 0, piece.shape[1]).astype(np.int32)
-        step = Prefill(jnp.asarray(inside), strategy, first=start == 0, context=start + piece.shape[1])
-        fresh, kv = _prefill(model.decoder, model.params, jnp.asarray(piece), kv, step)
+        step = Prefill(jax.device_put(inside, model.placement), strategy, first=start == 0, context=start + piece.shape[1])
+        fresh, kv = prefill(model.decoder, model.params, jax.device_put(piece, model.placement), kv, step)
         ends_here = (lengths > start) & (lengths <= start + plan.chunk)
         logits = jnp.where(ends_here[:, None], fresh, logits)
-    return logits, _settle(strategy, kv, allocate(), guides(model.params, shape.num_layers)) if staged else kv
+    return logits, settle(strategy, kv, allocate(), guides(model.params, shape.num_layers)) if staged else kv
 
 
-def apply(decoder: Decoder, params, tokens, kv: KVState, step: Prefill | Decode) -> tuple[Float[Array, "B T V"], KVState]:
-    """`decoder.apply`, with the types that Flax leaves open."""
-    result: Any = decoder.apply(params, tokens, kv, step)
-    return result
+def placed[T](model: Model, tree: T) -> T:
+    """Arrays where the model's parameters are; those in host memory in the host memory of that place."""
+
+    def place(x):
+        in_host_memory = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, model.placement.with_memory_kind(x.sharding.memory_kind) if in_host_memory else model.placement)
+
+    return jax.tree.map(place, tree)
+
+
+def _allocated(model: Model, strategy: Strategy, lengths, longest: int, max_new: int) -> KVState:
+    return placed(model, strategy.init(cache_shape(model), lengths, longest, max_new))
+
+
+def warm_up(
+    model: Model, strategy: Strategy, *, batch: int, prompt_len: int, max_new: int, sampling: Sampling = Sampling(),
+    stop_tokens: Sequence[int] | None = None, prefill: PrefillPlan = PrefillPlan(), steps_per_call: int = 1,
+) -> None:  # fmt: skip
+    """Compiles all that `stream` runs for a batch of prompts of this length; where layers are called one by one, without computing it."""
+    strategy = as_strategy(strategy)
+    stops = tuple(int(t) for t in (model.config.stop_tokens if stop_tokens is None else stop_tokens))
+    tokens, lengths = np.zeros((batch, prompt_len), np.int32), np.full(batch, prompt_len, np.int32)
+    if model.decoder.stringing == "unroll" or (prefill.chunk is not None and prefill.chunk < prompt_len):
+        logits, kv = run_prefill(model, strategy, tokens, lengths, max_new, prefill)
+    else:
+        step = Prefill(jax.device_put(lengths, model.placement), strategy)
+        kv = _allocated(model, strategy, lengths, prompt_len, max_new)
+        logits = warm(model.decoder, model.params, jax.device_put(tokens, model.placement), kv, step)[:, 0]
+        kv = _allocated(model, strategy, lengths, prompt_len, max_new)
+    seeds = jax.device_put(np.arange(batch, dtype=np.int32), model.placement)
+    token = first_token(sampling, logits, seeds, kv.length)
+    remaining = left_after(jax.device_put(np.full(batch, 3, np.int32), model.placement), token, stops)
+    for _ in range(2 if max_new > 1 else 0):
+        if is_driven(strategy):
+            kv, token, remaining, _ = driven_steps(model, strategy, sampling, stops, 1, kv, token, remaining, seeds)
+        else:
+            arguments = model.params, kv, token, remaining, seeds, 1
+            kv, token, remaining, _ = decode_steps(model.decoder, strategy, sampling, stops, steps_per_call, *arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class StagedPrompts:
+    """Prompts that went through the model once, for several strategies to start from.
+
+    Attributes:
+      strategies: what may be committed, by the statistics that were kept for it.
+      logits: after every row's last prompt token.
+      kv: every key and value of the prompts; a layer's `score` has one entry for each of `strategies`.
+      length: tokens of the longest prompt (static shapes follow from it).
+    """
+
+    strategies: tuple[Strategy, ...]
+    logits: Float[Array, "B V"]
+    kv: KVState
+    length: int
+
+
+def stage_prompts(
+    model: Model, strategies: Sequence[Strategy], tokens: Int[np.ndarray, "B N"], lengths: Int[np.ndarray, " B"]
+) -> StagedPrompts:
+    """Runs prompts through the model once for all `strategies` (results of `as_strategy` that share a device).
+
+    What attention computes in a prompt does not depend on the strategy: they differ in what they keep of it, and in the statistics they
+    choose by, which are all gathered in the one pass. `commit` gives what `run_prefill` would have.
+    """
+    strategies = tuple(strategies)
+    shape, longest = cache_shape(model), tokens.shape[1]
+    kv = placed(model, stage_for(strategies, shape, lengths, longest))
+    step = Stage(jax.device_put(np.asarray(lengths, np.int32), model.placement), strategies)
+    logits, kv = prefill(model.decoder, model.params, jax.device_put(tokens, model.placement), kv, step)
+    return StagedPrompts(strategies, logits, kv, longest)
+
+
+def commit(model: Model, staged: StagedPrompts, strategy: Strategy, max_new: int) -> KVState:
+    """The state of `strategy`, one of those staged for, after the prompts. `staged` stays as it is. `model`: with the strategy's guide."""
+    which = staged.strategies.index(strategy)
+    layers = tuple(dataclasses.replace(layer, score=layer.score[which]) for layer in staged.kv.layers)
+    shape = cache_shape(model)
+    empty = _allocated(model, strategy, staged.kv.length, staged.length, max_new)
+    length, prompt_length = jnp.copy(staged.kv.length), jnp.copy(staged.kv.prompt_length)  # its own: a state is donated
+    source = dataclasses.replace(staged.kv.over(layers), length=length, prompt_length=prompt_length)
+    return settle(strategy, source, empty, guides(model.params, shape.num_layers))
+
+
+def prefill(decoder: Decoder, params, tokens, kv: KVState, step: Prefill | Stage) -> tuple[Float[Array, "B V"], KVState]:
+    """Puts a prompt, or a chunk of it, in. Takes the memory of `kv` over. Returns the logits of every row's last valid token."""
+    if decoder.stringing == "unroll":
+        return unrolled_prefill(decoder, params, tokens, kv, step)
+    logits, kv = forward(decoder, params, tokens, kv, step)
+    return logits[:, 0], kv
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _prefill(decoder: Decoder, params, tokens, kv: KVState, step: Prefill):
-    logits, kv = apply(decoder, params, tokens, kv, step)
+def unrolled_prefill(decoder: Decoder, params, tokens, kv: KVState, step: Prefill | Stage):
+    """`prefill` in one program."""
+    result: Any = decoder.apply(params, tokens, kv, step)
+    logits, kv = result
     return logits[:, 0], kv
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _settle(strategy: Strategy, staged: KVState, empty: KVState, guides: tuple[Guide, ...]) -> KVState:
+def unrolled_settle(strategy: Strategy, staged: KVState, empty: KVState, guides: tuple[Guide, ...]) -> KVState:
+    """`settle` in one program, for the planner."""
     return strategy.settle(staged, empty, guides)
+
+
+def settle(strategy: Strategy, staged: KVState, empty: KVState, guides: tuple[Guide, ...] = ()) -> KVState:
+    """Compresses a staged prompt into `empty`, whose memory it takes over, layer by layer (Strategy.settle)."""
+    layers = []
+    for i, (source, target) in enumerate(zip(staged.layers, empty.layers, strict=True)):
+        guide = guides[i] if guides else None
+        layers.append(settle_layer(strategy, source, target, staged.over(()), empty.over(()), guide))
+    length, prompt_length = jnp.copy(staged.length), jnp.copy(staged.prompt_length)  # the staged prompt may be settled again
+    return dataclasses.replace(empty, layers=tuple(layers), length=length, prompt_length=prompt_length)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def settle_layer(
+    strategy: Strategy, source: LayerState, target: LayerState, staged: KVState, empty: KVState, guide: Guide | None
+) -> LayerState:
+    """`settle` of one layer; `staged` and `empty` without layers."""
+    return strategy.settle_layer(source, target, staged.length, empty, guide)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -296,37 +434,67 @@ def left_after(remaining: Int[Array, " B"], token: Int[Array, " B"], stops: tupl
     return jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(6, 7, 8))
 def decode_steps(
     decoder: Decoder,
     strategy: Strategy,
     sampling: Sampling,
     stops: tuple[int, ...],
-    steps: int,
+    most: int,
     params,
     kv: KVState,
     token: Int[Array, " B"],
     remaining: Int[Array, " B"],
     seeds: Int[Array, " B"],
-) -> tuple[KVState, Int[Array, " B"], Int[Array, " B"], Int[Array, "B steps"]]:
-    """`steps` tokens for every row that still wants some, in one program with the cache updated in place.
+    steps: int | None = None,
+) -> tuple[KVState, Int[Array, " B"], Int[Array, " B"], Int[Array, "B most"]]:
+    """Up to `most` tokens for every row that still wants some, with the cache updated in place; `steps`: only so many this time.
+
+    Takes the memory of `kv`, `token` and `remaining` over. One program serves all `steps`.
 
     Returns the state, the last token of each row, what each row still wants, and the tokens (-1 where a row had finished).
     """
+    steps = most if steps is None else steps
+    if decoder.stringing == "unroll":
+        return unrolled_steps(decoder, strategy, sampling, stops, most, params, kv, token, remaining, seeds, np.int32(steps))
+    out = []
+    for _ in range(steps):
+        step, column = _decode_step(strategy, token, remaining)
+        logits, kv = forward(decoder, params, column, kv, step)
+        token, remaining, fresh = _next_token(sampling, stops, logits, token, remaining, seeds, kv.length)
+        out.append(fresh)
+    return kv, token, remaining, out[0][:, None] if most == 1 else jnp.stack(out + [out[-1]] * (most - steps), axis=1)
 
-    def one(carry, _):
-        kv, token, remaining = carry
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(6, 7, 8))
+def unrolled_steps(
+    decoder: Decoder, strategy: Strategy, sampling: Sampling, stops: tuple[int, ...], most: int, params, kv: KVState,
+    token: Int[Array, " B"], remaining: Int[Array, " B"], seeds: Int[Array, " B"], steps: Int[Array, ""],
+) -> tuple[KVState, Int[Array, " B"], Int[Array, " B"], Int[Array, "B most"]]:  # fmt: skip
+    """`decode_steps` in one program, which ends early when no row wants more."""
+
+    def one(kv, token, remaining):
         active = remaining > 0
-        logits, kv = apply(decoder, params, token[:, None], kv, Decode(active, strategy))
-        chosen = sampling.choose(logits[:, 0], seeds, kv.length)
-        token = jnp.where(active, chosen, token)
-        return (kv, token, left_after(remaining, token, stops)), jnp.where(active, token, -1)
+        result: Any = decoder.apply(params, token[:, None], kv, Decode(active, strategy))
+        logits, kv = result
+        token = jnp.where(active, sampling.choose(logits[:, 0], seeds, kv.length), token)
+        return kv, token, left_after(remaining, token, stops), jnp.where(active, token, -1)
 
-    if steps == 1:  # no loop around a host store: XLA does not move host memory through loops everywhere
-        carry, out = one((kv, token, remaining), None)
-        return *carry, out[:, None]
-    (kv, token, remaining), out = jax.lax.scan(one, (kv, token, remaining), None, length=steps)
-    return kv, token, remaining, out.T
+    if most == 1:  # no loop around a host store: XLA does not move host memory through loops everywhere
+        *carry, fresh = one(kv, token, remaining)
+        return *carry, fresh[:, None]  # type: ignore[return-value]
+
+    def wanted(carry):
+        i, _, _, remaining, _ = carry
+        return (i < steps) & (remaining > 0).any()
+
+    def turn(carry):
+        i, kv, token, remaining, out = carry
+        kv, token, remaining, fresh = one(kv, token, remaining)
+        return i + 1, kv, token, remaining, out.at[:, i].set(fresh)
+
+    out = jnp.full((token.shape[0], most), -1, jnp.int32)
+    _, kv, token, remaining, out = jax.lax.while_loop(wanted, turn, (jnp.int32(0), kv, token, remaining, out))
+    return kv, token, remaining, out
 
 
 def driven_steps(
@@ -337,35 +505,53 @@ def driven_steps(
     out = []
     for _ in range(steps):
         logits, kv = host_driven.decode(model, strategy, kv, token, remaining > 0)
-        token, remaining, fresh = _driven_token(sampling, stops, logits, token, remaining, seeds, kv.length)
+        token, remaining, fresh = _next_token(sampling, stops, logits, token, remaining, seeds, kv.length)
         out.append(fresh)
     return kv, token, remaining, jnp.stack(out, axis=1)
 
 
+@partial(jax.jit, static_argnums=0)
+def _decode_step(strategy: Strategy, token: Int[Array, " B"], remaining: Int[Array, " B"]) -> tuple[Decode, Int[Array, "B 1"]]:
+    return Decode(remaining > 0, strategy), token[:, None]
+
+
 @partial(jax.jit, static_argnums=(0, 1))
-def _driven_token(sampling: Sampling, stops: tuple[int, ...], logits, token, remaining, seeds, length):
+def _next_token(sampling: Sampling, stops: tuple[int, ...], logits, token, remaining, seeds, length):
     active = remaining > 0
     token = jnp.where(active, sampling.choose(logits[:, 0], seeds, length), token)
     return token, left_after(remaining, token, stops), jnp.where(active, token, -1)
 
 
 def decode_program(model: Model, strategy: Strategy, sampling: Sampling, kv: KVState, steps: int = 1) -> jax.stages.Compiled:
-    """The compiled decode program for states like `kv`: its memory analysis, its text. Takes shapes alone, so `kv` may be in use."""
+    """The compiled program of a decode step, unrolled, for states like `kv`: its memory analysis, its text.
+
+    Takes shapes alone, so `kv` may be in use.
+    """
     batch = kv.length.shape[0]
-    row = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    row, count = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     abstract = jax.tree.map(jax.typeof, kv)  # which tells host memory from the device's
-    return decode_steps.lower(model.decoder, strategy, sampling, (), steps, model.params, abstract, row, row, row).compile()
+    arguments = model.params, abstract, row, row, row, count
+    return unrolled_steps.lower(model.decoder, strategy, sampling, (), steps, *arguments).compile()
+
+
+def decode_scratch(model: Model, strategy: Strategy, sampling: Sampling, kv: KVState) -> int | None:
+    """Bytes a decode step needs beside its arguments and results, as it is run here; None where XLA does not say. Compiles it once more."""
+    if model.decoder.stringing == "unroll":
+        analysis = decode_program(model, strategy, sampling, kv).memory_analysis()
+        return None if analysis is None else analysis.temp_size_in_bytes
+    batch = kv.length.shape[0]
+    step = Decode(jax.ShapeDtypeStruct((batch,), bool), strategy)  # type: ignore[arg-type]
+    return scratch(model.decoder, model.params, jax.ShapeDtypeStruct((batch, 1), jnp.int32), kv, step)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _score_steps(
-    decoder: Decoder, strategy: Strategy, params, kv: KVState, tokens: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T V"], KVState]:
+def _feed(decoder: Decoder, strategy: Strategy, params, kv: KVState, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T V"], KVState]:
     everyone: Bool[Array, " B"] = jnp.ones(tokens.shape[0], bool)
 
     def one(kv, token):
-        logits, kv = apply(decoder, params, token[:, None], kv, Decode(everyone, strategy))
+        result: Any = decoder.apply(params, token[:, None], kv, Decode(everyone, strategy))
+        logits, kv = result
         return kv, logits[:, 0]
 
     kv, logits = jax.lax.scan(one, kv, tokens.T)
-    return logits.swapaxes(0, 1), kv  # returned so that the donated memory is reused
+    return logits.swapaxes(0, 1), kv

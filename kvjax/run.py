@@ -26,6 +26,7 @@ shows directly what a strategy forgets.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -40,15 +41,15 @@ from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvjax import calibrate
-from kvjax.cache import STORES, DenseStore, Full, HostStore, PagedStore, Strategy, parse_strategy, split_specs
+from kvjax import calibrate, compilation
+from kvjax.cache import STORES, HostStore, Strategy, parse_strategy, split_specs
 from kvjax.cache.stores import TRANSFERS
 from kvjax.command import fail, parse_flags
 from kvjax.engine import load, metrics, offline, serve
 from kvjax.engine.engine import Engine
 from kvjax.errors import InputError, KvjaxError, SpecError
 from kvjax.generation import PREFILL_MODES, PrefillPlan, check_positions, generate
-from kvjax.models import Model, load_model
+from kvjax.models import Model, load_model, public
 from kvjax.quality import recall
 from kvjax.quality.speculation import audit_some
 from kvjax.report import plots, profile, table
@@ -69,6 +70,7 @@ OFFLINE_ONLY = ("batch_size", "prefill_mode", "quality")
 
 def define_flags() -> None:
     """Called once, when this module is the program."""
+    compilation.define_flag()
     flags.DEFINE_string("strategy", "h2o", "The strategy to measure: a name, or a spec such as h2o(heavy=8,recent=8).")
     flags.DEFINE_string("compare", None, "Several strategies, separated by commas, side by side in one table; replaces --strategy.")
     flags.DEFINE_string("budget", None, "Tokens (an int) or fraction of the prompt (a float) each strategy may keep or read in total.")
@@ -81,7 +83,11 @@ def define_flags() -> None:
     flags.DEFINE_string("calibration", None, "What kvjax.calibrate wrote, for infinigen; default: calibrate now.")
     flags.DEFINE_float("link_gbps", None, "Also estimate the transfer time at this link speed, in GB/s (modelled).", lower_bound=0.001)
     flags.DEFINE_integer("page_size", None, "Slots of a page in the paged store; default: 64.", lower_bound=1)
-    flags.DEFINE_string("model", "kvjax-4m", "A bundled model, a preset (with --random_weights), or a Hugging Face or orbax directory.")
+    flags.DEFINE_string(
+        "model", "kvjax-4m",
+        "A bundled model (kvjax-4m, kvjax-1m), a public one that is fetched on first use, a preset (with --random_weights), a .gguf "
+        f"file, or a Hugging Face or orbax directory. Public: {public.DESCRIPTION}.",
+    )  # fmt: skip
     flags.DEFINE_bool("random_weights", False, "Random weights: speed and bytes are real, what the model says is not.")
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 elsewhere.")
     flags.DEFINE_integer("num_prompts", None, "Prompts to run; default: 16 offline, 64 under load, all of a file.", lower_bound=1)
@@ -164,6 +170,7 @@ def writable(flag: str) -> pathlib.Path | None:
 
 def run(console: Console) -> None:
     """Loads, measures, prints, writes."""
+    compilation.apply_flag()
     chosen = strategies()
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
     output_dir, profile_dir = writable("output_dir"), writable("profile_dir")
@@ -350,26 +357,30 @@ def run_offline(
     check_positions(model, input_len, max(output_len, questions))
     workload = offline.make_workload(model, num_prompts, input_len, FLAGS.seed, FLAGS.num_facts)
 
-    full = Strategy(Full(), chosen[0].store if isinstance(chosen[0].store, PagedStore) else DenseStore())
-    per_strategy = offline.steps_of(workload, batch_size, FLAGS.quality)
+    batches = offline.steps_of(workload, batch_size) - 1
     columns = (TextColumn("{task.description:<40}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
     measured = []
+    guides = [guided(model, strategy, console) for strategy in chosen]
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("reference: full cache", total=per_strategy * len(chosen) + 1)
-        against = offline.reference(model, full, workload, batch_size, output_len, plan) if FLAGS.quality else None
-        progress.advance(task)
-        for strategy in chosen:
+        judging = batches * (1 + len(chosen)) if FLAGS.quality else 0
+        task = progress.add_task("quality", total=judging + (1 + batches) * len(chosen))
+
+        def report(what: str, name: str) -> None:
+            progress.update(task, advance=1, description=f"{name}: {what}")
+
+        qualities = [offline.Quality()] * len(chosen)
+        if FLAGS.quality:
+            qualities = offline.judge(
+                list(zip(guides, chosen, strict=True)), workload, batch_size=batch_size, reserve=output_len, plan=plan, seed=FLAGS.seed,
+                progress=lambda what: report(what, "quality"),
+            )  # fmt: skip
+        for prepared, strategy, quality in zip(guides, chosen, qualities, strict=True):
             name = strategy.describe()
-
-            def report(what: str, name: str = name) -> None:
-                progress.update(task, advance=1, description=f"{name}: {what}")
-
             progress.update(task, description=f"{name}: compiling")
             measured.append(
                 offline.measure(
-                    guided(model, strategy, console), strategy, workload if FLAGS.quality else offline.without_questions(workload),
-                    batch_size=batch_size, output_len=output_len, seed=FLAGS.seed, sampling=sampling, plan=plan, against=against,
-                    progress=report,
+                    prepared, strategy, workload, batch_size=batch_size, output_len=output_len, seed=FLAGS.seed, sampling=sampling,
+                    plan=plan, quality=quality, progress=functools.partial(report, name=name),
                 )
             )  # fmt: skip
     options = {name: FLAGS[name].value for name in ("seed", "prefill_chunk", "prefill_mode")}

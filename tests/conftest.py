@@ -14,7 +14,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 import jax
 import pytest
 
-from kvjax.models import BUNDLED, PRESETS, Model, ModelConfig, parameters
+from kvjax.errors import ModelError
+from kvjax.models import BUNDLED, PRESETS, Model, ModelConfig, load_model, parameters
 from kvjax.models.tokenizer import ByteTokenizer
 
 FURTHER = (
@@ -97,3 +98,12 @@ def byte_model() -> Model:
 def opt_model() -> Model:
     """OPT-like: learned positions, biases, multi-head attention, no tokenizer."""
     return random_model(OPT)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Model:
+    """SmolLM2-135M, from the cache folder, or fetched into it; tests that need it are skipped where it cannot be had."""
+    try:
+        return load_model("smollm2-135m")
+    except ModelError as error:
+        pytest.skip(f"no real model: {error}")

@@ -17,7 +17,7 @@ from kvjax.cache import HostStore, Prefill, ledger, parse_strategy
 from kvjax.cache.ledger import nbytes
 from kvjax.calibrate import calibrated
 from kvjax.errors import SpecError
-from kvjax.generation import _prefill, cache_shape, decode_program, run_prefill
+from kvjax.generation import cache_shape, decode_program, run_prefill, unrolled_prefill
 from kvjax.models import load_model, preset
 from kvjax.plan import DEVICES, Plan, PlanError, Setting, bounds, open_device, plan, planner, programs
 from kvjax.plan import __main__ as command
@@ -80,7 +80,7 @@ def test_planned_prefill_is_that_of_a_real_run(model):
     strategy, lengths = parse_strategy("full"), np.full(BATCH, CONTEXT - NEW, np.int32)
     empty = strategy.init(cache_shape(model), lengths, CONTEXT - NEW, NEW)
     tokens = jnp.zeros((BATCH, CONTEXT - NEW), jnp.int32)
-    lowered = _prefill.lower(model.decoder, model.params, tokens, empty, Prefill(jnp.asarray(lengths), strategy))
+    lowered = unrolled_prefill.lower(model.decoder, model.params, tokens, empty, Prefill(jnp.asarray(lengths), strategy))
     analysis = lowered.compile().memory_analysis()
     real = nbytes((model.params, empty)) + analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes
     assert planned_full().prefill_peak == pytest.approx(real, rel=0.05)

@@ -139,7 +139,7 @@ REFUSED = [
     (["--budget=1.5"], "--budget=1.5: give a whole number"),
     (["--budget=nan"], "--budget=nan: give a whole number"),
     (["--strategy=streaming", "--budget=3"], "a budget of 3 leaves no window beside sinks=4"),
-    (["--model=gpt-9"], "unknown model 'gpt-9'; bundled: kvjax-1m, kvjax-4m; presets: "),
+    (["--model=gpt-9"], "unknown model 'gpt-9'; bundled: kvjax-1m, kvjax-4m; fetched by name: smollm2-135m; presets: "),
     (["--model=opt-125m"], "preset opt-125m comes without weights"),
     ([*SMALL, "--dtype=int8"], "unknown dtype 'int8'; supported: float32, bfloat16, float16"),
     ([*SMALL, "--input_len=3000"], "3000 prompt tokens and 16 new ones exceed the 2048 positions of model kvjax-1m"),

@@ -20,6 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import app, flags, logging
 from rich.console import Console
 
+from kvjax import compilation
 from kvjax.command import fail, parse_flags
 from kvjax.errors import KvjaxError, SpecError
 from kvjax.report import figures
@@ -238,6 +239,7 @@ def main(*experiments: Experiment) -> None:
         try:
             if len(argv) > 1:
                 raise SpecError(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
+            compilation.apply_flag()
             quick, output_dir = asked()
             bench = Bench()
             failed = [r for e in chosen(experiments) for r in perform(e, quick, output_dir, console, bench) if r["outcome"] == "failed"]
@@ -249,6 +251,7 @@ def main(*experiments: Experiment) -> None:
             sys.exit(1)
 
     define_flags()
+    compilation.define_flag()
     if len(experiments) > 1:
         names = ", ".join(e.name for e in experiments)
         flags.DEFINE_list("only", None, f"Some of the experiments, separated by commas: {names}.")

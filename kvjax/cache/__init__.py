@@ -4,12 +4,12 @@ from kvjax.cache.ledger import Ledger, Tier, ledger
 from kvjax.cache.policies import H2O, POLICIES, PROTECTED, Amount, Full, InfiniGen, OracleTopK, Policy, Slots, Streaming, halves, tokens
 from kvjax.cache.spec import parse_policy, parse_strategy, split_specs
 from kvjax.cache.state import CacheShape, KVState, LayerState
-from kvjax.cache.steps import Decode, Forward, Prefill
+from kvjax.cache.steps import Decode, Forward, Prefill, Stage
 from kvjax.cache.stores import STORES, DenseStore, HostStore, PagedStore, PageTable, Store
-from kvjax.cache.strategy import Strategy
+from kvjax.cache.strategy import Strategy, stage_for
 
 __all__ = [
     "H2O", "POLICIES", "PROTECTED", "STORES", "Amount", "CacheShape", "Decode", "DenseStore", "Forward", "Full", "HostStore", "InfiniGen",
-    "KVState", "LayerState", "Ledger", "OracleTopK", "PageTable", "PagedStore", "Policy", "Prefill", "Slots", "Store", "Strategy",
-    "Streaming", "Tier", "halves", "ledger", "parse_policy", "parse_strategy", "split_specs", "tokens",
+    "KVState", "LayerState", "Ledger", "OracleTopK", "PageTable", "PagedStore", "Policy", "Prefill", "Slots", "Stage", "Store", "Strategy",
+    "Streaming", "Tier", "halves", "ledger", "parse_policy", "parse_strategy", "split_specs", "stage_for", "tokens",
 ]  # fmt: skip

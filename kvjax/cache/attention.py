@@ -42,17 +42,18 @@ def prompt_attention(
     k: Float[Array, "B S Hkv D"],
     v: Float[Array, "B S Hkv D"],
     query_valid: Bool[Array, "B S"],
-    group_mass: GroupMass | None = None,
+    rules: tuple[GroupMass, ...] = (),
     block: int = 256,
-) -> tuple[Float[Array, "B S H D"], Float[Array, "B Hkv S"] | None]:
+) -> tuple[Float[Array, "B S H D"], tuple[Float[Array, "B Hkv S"], ...]]:
     """Causal attention over a prompt, one block of queries at a time; keys after a block are not touched.
 
     Args:
       query_valid: queries that count in the statistics (padding does not).
-      group_mass: how the weights [B, Hkv, G, Q, K] of a block become attention mass per key [B, Hkv, K]; None: no statistics.
+      rules: ways in which the weights [B, Hkv, G, Q, K] of a block become attention mass per key [B, Hkv, K].
 
     Returns:
-      The output, and the attention mass of every key summed over the valid queries (H2O's score of a prompt, arXiv:2306.14048 section 4).
+      The output, and by every rule the attention mass of every key summed over the valid queries (H2O's score of a prompt,
+      arXiv:2306.14048 section 4).
 
     Memory is O(S * block). While a block is at hand its rows are complete, so its probabilities are final and their column sums cost one
     more pass over a block that is still in cache, not a second computation of all scores.
@@ -61,17 +62,17 @@ def prompt_attention(
     kv_heads = k.shape[2]
     q = (q * dim**-0.5).reshape(batch, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)  # [B, Hkv, G, S, D]
     k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # [B, Hkv, D, S] and [B, Hkv, S, D]
-    outs, mass = [], jnp.zeros((batch, kv_heads, length), jnp.float32)
+    outs, mass = [], (jnp.zeros((batch, kv_heads, length), jnp.float32),) * len(rules)
     for start in range(0, length, block):
         end = min(start + block, length)
         visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)
         out, weights, scale = _attend_block(q[..., start:end, :], k[..., :end], v[..., :end, :], visible)
-        if group_mass is not None:
-            mass = mass.at[..., :end].add(group_mass(weights, jnp.where(query_valid[:, None, None, start:end], scale, 0)))
+        counted = jnp.where(query_valid[:, None, None, start:end], scale, 0)
+        mass = tuple(x.at[..., :end].add(rule(weights, counted)) for x, rule in zip(mass, rules, strict=True))
         q, out, mass = jax.lax.optimization_barrier((q, out, mass))  # one block after the other, so that they share memory
         outs.append(out)
     out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, length, heads, dim), None if group_mass is None else mass
+    return out.reshape(batch, length, heads, dim), mass
 
 
 def chunk_attention(
@@ -88,7 +89,8 @@ def chunk_attention(
 
     Args:
       key_position: true position of every key, -1 where there is none; a query sees the keys at or before its own position.
-      query_valid, group_mass, block: as in `prompt_attention`.
+      query_valid, block: as in `prompt_attention`.
+      group_mass: its one rule; None: no statistics.
     """
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]

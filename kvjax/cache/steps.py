@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.attention import causal_attention, prompt_attention
 from kvjax.cache.state import KVState
-from kvjax.cache.strategy import Strategy
+from kvjax.cache.strategy import Strategy, prefill_for
 
 
 @jax.tree_util.register_dataclass
@@ -72,15 +72,51 @@ class Prefill:
     def attend(self, layer, q, k, v, kv: KVState, guide=None):
         valid = jnp.arange(q.shape[1]) < self.num_valid[:, None]
         with jax.named_scope("prefill"):
-            out, state = self.strategy.prefill(kv.layers[layer], q, k, v, kv, valid, self.first, self.context, guide)
+            out, state = self.strategy.prefill(kv.layer(layer), q, k, v, kv, valid, self.first, self.context, guide)
         return out, kv.with_layer(layer, state)
 
     def hidden(self, x: Float[Array, "B S M"]) -> Float[Array, "B 1 M"]:
-        last = jnp.maximum(self.num_valid - 1, 0)[:, None, None]
-        return jnp.take_along_axis(x, last, axis=1)
+        return last_valid(x, self.num_valid)
 
     def finish(self, kv: KVState, num_tokens: int) -> KVState:
         return dataclasses.replace(kv, length=kv.length + self.num_valid)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A whole prompt, right-padded, for several strategies at once (kvjax.cache.strategy.stage_for).
+
+    Attributes:
+      num_valid: as in Prefill.
+      strategies: for which statistics are kept (static).
+    """
+
+    num_valid: Int[Array, " B"]
+    strategies: tuple[Strategy, ...] = dataclasses.field(metadata=dict(static=True))
+
+    def positions(self, kv: KVState, num_tokens: int) -> Int[Array, "B S"]:
+        return kv.length[:, None] + jnp.arange(num_tokens)
+
+    def look_ahead(self, layer: int, queries, kv: KVState) -> KVState:
+        return kv
+
+    def attend(self, layer, q, k, v, kv: KVState, guide=None):
+        valid = jnp.arange(q.shape[1]) < self.num_valid[:, None]
+        with jax.named_scope("prefill"):
+            out, state = prefill_for(self.strategies, kv.layer(layer), q, k, v, kv, valid)
+        return out, kv.with_layer(layer, state)
+
+    def hidden(self, x: Float[Array, "B S M"]) -> Float[Array, "B 1 M"]:
+        return last_valid(x, self.num_valid)
+
+    def finish(self, kv: KVState, num_tokens: int) -> KVState:
+        return dataclasses.replace(kv, length=kv.length + self.num_valid)
+
+
+def last_valid(x: Float[Array, "B S M"], num_valid: Int[Array, " B"]) -> Float[Array, "B 1 M"]:
+    """Every row's last valid position."""
+    return jnp.take_along_axis(x, jnp.maximum(num_valid - 1, 0)[:, None, None], axis=1)
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +141,7 @@ class Decode:
 
     def attend(self, layer, q, k, v, kv: KVState, guide=None):
         with jax.named_scope("decode"):
-            out, state = self.strategy.decode(kv.layers[layer], q, k, v, kv, self.active, guide)
+            out, state = self.strategy.decode(kv.layer(layer), q, k, v, kv, self.active, guide)
         return out, kv.with_layer(layer, state)
 
     def hidden(self, x: Float[Array, "B 1 M"]) -> Float[Array, "B 1 M"]:

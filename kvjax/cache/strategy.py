@@ -14,7 +14,7 @@ What happens to a prompt:
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.attention import GroupMass, chunk_attention, prompt_attention, summed_mass
-from kvjax.cache.policies import Policy, Slots
+from kvjax.cache.policies import Full, Policy, Slots
 from kvjax.cache.state import CacheShape, KVState, LayerState
 from kvjax.cache.stores import DenseStore, HostLayer, HostStore, KernelDenseStore, KernelHostStore, KernelStore, Store, native_store
 from kvjax.cache.stores.dense import select_rows
@@ -135,13 +135,17 @@ class Strategy:
 
     def settle(self, staged: KVState, empty: KVState, guides: tuple = ()) -> KVState:
         """Compresses a staged prompt into the (bounded) state `empty`. `guides`: per layer, for a policy that speculates."""
-        batch = staged.length.shape[0]
         layers = []
         for index, (source, target) in enumerate(zip(staged.layers, empty.layers, strict=True)):
-            k, v = self.staging.tokens(source.store, None, batch)
-            guide = guides[index] if guides else None
-            layers.append(self._keep_prompt(target, k, v, source.score, staged.length, empty, guide))
-        return KVState(tuple(layers), staged.length, staged.prompt_length, empty.shared)
+            layers.append(self.settle_layer(source, target, staged.length, empty, guides[index] if guides else None))
+        return dataclasses.replace(empty, layers=tuple(layers), length=staged.length, prompt_length=staged.prompt_length)
+
+    def settle_layer(
+        self, source: LayerState, target: LayerState, length: Int[Array, " B"], empty: KVState, guide: Any = None
+    ) -> LayerState:
+        """`settle` of one layer: `source`, with `length` tokens, into `target`, a layer of `empty`."""
+        k, v = self.staging.tokens(source.store, None, length.shape[0])
+        return self._keep_prompt(target, k, v, source.score, length, empty, guide)
 
     def prefill(
         self,
@@ -168,8 +172,8 @@ class Strategy:
         group_mass = self._group_mass() if bounded or layer.score is not None else None
         if first:
             with jax.named_scope("attend"):
-                attend = attend_prompt if isinstance(self.store, KernelStore | KernelHostStore) else prompt_attention
-                out, mass = attend(q, k, v, valid, group_mass)
+                out, masses = self._attend_prompt(q, k, v, valid, () if group_mass is None else (group_mass,))
+                mass = masses[0] if masses else None
             with jax.named_scope("evict" if bounded else "write"):
                 score = self._scored(k, v, mass)
                 if bounded:
@@ -259,6 +263,10 @@ class Strategy:
             count = jnp.minimum(self.policy.kept_tokens(kv.prompt_length), kv.length) + 1
         return jnp.where(active, count, 0)
 
+    def _attend_prompt(self, q, k, v, valid, rules: tuple[GroupMass, ...]):
+        attend = attend_prompt if isinstance(self.store, KernelStore | KernelHostStore) else prompt_attention
+        return attend(q, k, v, valid, rules)
+
     def _group_mass(self) -> GroupMass | None:
         """How a policy that observes joins attention mass; the plain sum under the name that kernels know it by."""
         if not self.policy.observes:
@@ -276,9 +284,9 @@ class Strategy:
         following = index + 1
         if not isinstance(self.store, HostStore) or following == len(kv.layers):
             return kv
-        layer = kv.layers[following]
+        layer = kv.layer(following)
         choice = None
-        if self._speculates(following):
+        if layer.store.partial is not None:
             with jax.named_scope("speculate"):
                 guessed = queries()
                 if guessed is None:
@@ -420,6 +428,31 @@ class Strategy:
             return None
         score = self.policy.initial_score(k, v)
         return score if mass is None else self.policy.observe(score, mass)
+
+
+def stage_for(strategies: Sequence[Strategy], shape: CacheShape, prompt_lengths, max_prompt: int) -> KVState:
+    """An empty state that holds a whole prompt for several strategies; a layer's `score` has an entry for each of them."""
+    kv = Strategy(Full(), strategies[0].store).stage(shape, prompt_lengths, max_prompt)
+    return kv.over(tuple(dataclasses.replace(layer, score=(None,) * len(strategies)) for layer in kv.layers))
+
+
+def prefill_for(
+    strategies: Sequence[Strategy], layer: LayerState, q: Float[Array, "B S H D"], k: Float[Array, "B S Hkv D"],
+    v: Float[Array, "B S Hkv D"], kv: KVState, valid: Bool[Array, "B S"],
+) -> tuple[Float[Array, "B S H D"], LayerState]:  # fmt: skip
+    """Attends to a prompt once and stages it, with the statistics that each of `strategies` chooses by."""
+    first = strategies[0]
+    by_strategy = [s._group_mass() if s.policy.keeps_score else None for s in strategies]
+    rules = tuple(dict.fromkeys(rule for rule in by_strategy if rule is not None))
+    with jax.named_scope("attend"):
+        out, masses = first._attend_prompt(q, k, v, valid, rules)
+    with jax.named_scope("write"):
+        store = first.staging.fill(layer.store, kv.shared, k, v, valid)
+        spare = first.staging.capacity(store, kv.shared) - k.shape[1]
+        mass = {None: None} | dict(zip(rules, masses, strict=True))
+        scores = [s._scored(k, v, mass[rule]) for s, rule in zip(strategies, by_strategy, strict=True)]
+        scores = [None if score is None else jnp.pad(score, ((0, 0), (0, 0), (0, spare))) for score in scores]
+    return out, dataclasses.replace(layer, store=store, score=tuple(scores))
 
 
 def highest(priority: Float[Array, "B h K"], position: Int[Array, "B h K"], budget: Int[Array, " B"], capacity: int) -> Int[Array, "B h C"]:

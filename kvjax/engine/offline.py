@@ -2,22 +2,36 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from kvjax.cache import KVState, Ledger, Strategy, ledger
+from kvjax.cache import Full, HostStore, KVState, Ledger, Strategy, ledger
 from kvjax.engine.metrics import Timeline, summarise
 from kvjax.errors import InputError
-from kvjax.generation import PrefillPlan, as_strategy, check_vocabulary, decode_program, score, stream
+from kvjax.generation import (
+    PrefillPlan,
+    as_strategy,
+    check_positions,
+    check_vocabulary,
+    commit,
+    decode_scratch,
+    feed,
+    run_prefill,
+    stage_prompts,
+    stream,
+    warm_up,
+)  # fmt: skip
 from kvjax.host_driven import is_driven
 from kvjax.models import Model
 from kvjax.models.tokenizer import ByteTokenizer
 from kvjax.quality import fidelity, recall
-from kvjax.quality.speculation import Speculation, audit
+from kvjax.quality.fidelity import Estimate
+from kvjax.quality.speculation import Speculation, audited_feed, speculation_of
 from kvjax.sampling import Sampling
 
 Progress = Callable[[str], None]
@@ -71,6 +85,23 @@ def _text_row(model: Model, rng: np.random.Generator, total: int) -> Int[np.ndar
 
 
 @dataclasses.dataclass(frozen=True)
+class Quality:
+    """What a strategy says on a workload's continuation, fed token by token through its decode path.
+
+    Attributes:
+      fidelity: against the full cache, by name.
+      recall: share of questions answered, by the depth of the fact; empty unless the workload asks.
+      per_prompt: of every prompt: `recall` (share of its questions answered), `kld` and `nll_delta` (means over its tokens, nats).
+      speculation: how good the guesses of a policy that speculates are, on the first batch; None for another.
+    """
+
+    fidelity: dict[str, Estimate] = dataclasses.field(default_factory=dict)
+    recall: dict[float, float] = dataclasses.field(default_factory=dict)
+    per_prompt: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    speculation: Speculation | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Measurement:
     """One strategy on one workload.
 
@@ -79,12 +110,9 @@ class Measurement:
       timelines: one per request; a batch's requests start together, when the batch does.
       latency: the summary of the timelines (kvjax.engine.metrics).
       ledger: of the cache of the last batch, when its last token was written.
-      fidelity: against the full cache, by name; empty if not asked for.
-      recall: share of questions answered, by the depth of the fact; empty unless the workload asks.
       samples: generated token ids per request.
       transfer: how tokens come from a host store; None for another.
-      speculation: how good the guesses of a policy that speculates are; None for another, or if that was not asked for.
-      per_prompt: quality of every prompt: `recall` (share of its questions answered), `kld` and `nll_delta` (means over its tokens, nats).
+      quality: what `judge` says of the strategy; empty if nobody asked.
     """
 
     strategy: str
@@ -92,23 +120,29 @@ class Measurement:
     timelines: tuple[Timeline, ...]
     latency: dict[str, float | int]
     ledger: Ledger
-    fidelity: dict[str, fidelity.Estimate]
-    recall: dict[float, float]
     samples: list[list[int]]
     transfer: str | None = None
-    speculation: Speculation | None = None
-    per_prompt: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    quality: Quality = Quality()
+
+    @property
+    def fidelity(self) -> dict[str, Estimate]:
+        return self.quality.fidelity
+
+    @property
+    def recall(self) -> dict[float, float]:
+        return self.quality.recall
+
+    @property
+    def per_prompt(self) -> dict[str, list[float]]:
+        return self.quality.per_prompt
+
+    @property
+    def speculation(self) -> Speculation | None:
+        return self.quality.speculation
 
     @property
     def recall_mean(self) -> float | None:
         return float(np.mean(list(self.recall.values()))) if self.recall else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """The full cache's logits on the continuation, batch by batch."""
-
-    logits: tuple[jax.Array, ...]
 
 
 def batches(workload: Workload, batch_size: int) -> Iterator[tuple[slice, Int[np.ndarray, "B S"], int]]:
@@ -124,15 +158,80 @@ def batches(workload: Workload, batch_size: int) -> Iterator[tuple[slice, Int[np
         yield slice(start, start + real), rows, real
 
 
-def reference(model: Model, full: Strategy, workload: Workload, batch_size: int, output_len: int, plan: PrefillPlan) -> Reference:
-    """What the full cache predicts on the continuation: the yardstick of `measure`."""
-    prompt_len = workload.prompts.shape[1]
-    return Reference(
-        tuple(
-            score(model, rows, prompt_len=prompt_len, strategy=full, prefill=plan, reserve=output_len)[:, :-1]
-            for _, rows, _ in batches(workload, batch_size)
-        )
-    )
+def judge(
+    contenders: Sequence[tuple[Model, Strategy]],
+    workload: Workload,
+    *,
+    batch_size: int,
+    reserve: int = 0,
+    plan: PrefillPlan = PrefillPlan(),
+    seed: int = 0,
+    audits: bool = True,
+    progress: Progress = lambda what: None,
+) -> list[Quality]:
+    """Feeds the continuation of every prompt, teacher-forced, and compares with what the full cache predicts.
+
+    A prompt goes through the model once for all contenders, unless it goes in by chunks. The guesses of a policy that speculates are judged
+    on the first batch alone: every step of every row gives many of them.
+
+    Args:
+      contenders: strategies, each with the model as it needs it (kvjax.calibrated); the same model but for the guide.
+      reserve: allocate room for at least this many new tokens, to share programs with who generates as many.
+      audits: whether guesses are judged, where there are any.
+    """
+    prompt_len, new = workload.prompts.shape[1], max(workload.continuation.shape[1], reserve, 1)
+    contenders = [(model, as_strategy(_on_device(strategy))) for model, strategy in contenders]
+    for model, _ in contenders:
+        check_vocabulary(model, workload.prompts)
+        check_positions(model, prompt_len, new)
+    full = as_strategy(Strategy(Full()))
+    judged = [(contenders[0][0], full), *contenders]
+    apart = plan.chunk is not None and plan.chunk < prompt_len
+    parts: list[list[tuple[np.ndarray, ...]]] = [[] for _ in contenders]
+    hits: list[list[np.ndarray]] = [[] for _ in contenders]
+    guesses: list[Speculation | None] = [None] * len(contenders)
+    for where, rows, real in batches(workload, batch_size):
+        lengths = np.full(len(rows), prompt_len, np.int32)
+        prompts, targets = rows[:, :prompt_len], rows[:, prompt_len:]
+        staged = None if apart else stage_prompts(judged[0][0], [strategy for _, strategy in judged], prompts, lengths)
+        progress("prompts")
+        expected = None
+        for index, (model, strategy) in enumerate(judged, -1):
+            if staged is None:
+                first, kv = run_prefill(model, strategy, prompts, lengths, new, plan)
+            else:
+                first, kv = staged.logits, commit(model, staged, strategy, new)
+            following = targets[:, :-1]
+            if index >= 0 and audits and where.start == 0 and strategy.policy.speculates:
+                after, _, measures = audited_feed(model, strategy, kv, following)
+                guesses[index] = speculation_of(measures)
+            else:
+                after, _ = feed(model, strategy, kv, following)
+            logits = jnp.concatenate([first[:, None], after], axis=1)
+            if index < 0:
+                expected = logits
+                continue
+            parts[index].append(tuple(np.asarray(x)[:real] for x in fidelity.compare(expected, logits, targets)))
+            if workload.tests:
+                host = np.asarray(logits)
+                hits[index] += [recall.answered(host[i], test) for i, test in enumerate(workload.tests[where])]
+            progress(strategy.describe())
+    return [_quality(workload, *each, seed) for each in zip(parts, hits, guesses, strict=True)]
+
+
+def _on_device(strategy: Strategy) -> Strategy:
+    """The strategy with a host store's pool in device memory, where what it reads is the same: an audit needs all keys there."""
+    store = strategy.store
+    return Strategy(strategy.policy, dataclasses.replace(store, transfer="device")) if isinstance(store, HostStore) else strategy
+
+
+def _quality(
+    workload: Workload, parts: list[tuple[np.ndarray, ...]], hits: list[np.ndarray], guesses: Speculation | None, seed: int
+) -> Quality:
+    compared = fidelity.Comparison(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+    per_prompt = {"recall": [float(hit.mean()) for hit in hits]} if hits else {}
+    per_prompt |= {"kld": compared.kld.mean(1).tolist(), "nll_delta": compared.nll_delta.mean(1).tolist()}
+    return Quality(compared.summary(seed), _by_depth(workload, hits), per_prompt, guesses)
 
 
 def measure(
@@ -145,86 +244,53 @@ def measure(
     seed: int = 0,
     sampling: Sampling = Sampling(),
     plan: PrefillPlan = PrefillPlan(),
-    against: Reference | None = None,
-    audits: bool = True,
+    quality: Quality = Quality(),
     weighs: bool = True,
     progress: Progress = lambda what: None,
 ) -> Measurement:
-    """Runs a workload under a strategy: generation for the times, then the continuation, teacher-forced, for the quality.
+    """Generates after every prompt of a workload under a strategy, timed, batch by batch.
 
-    The guesses of a policy that speculates are judged on the first batch alone: every step of every row gives many of them.
-    Every request generates `output_len` tokens whatever they are. A first, untimed batch compiles the programs.
+    Every request generates `output_len` tokens whatever they are. Programs are compiled before anything is timed.
 
     Args:
-      against: the full cache's logits; None: no fidelity.
-      audits: whether guesses are judged, where there are any and quality is asked for.
+      quality: what `judge` says of the strategy, to stand beside the times.
       weighs: whether the scratch of a decode step goes into the ledger, which takes another compilation of its program.
     """
     strategy = as_strategy(strategy)
     prompt_len, longest = workload.prompts.shape[1], max(output_len, workload.continuation.shape[1])
     check_vocabulary(model, workload.prompts)
-
-    def run(rows: np.ndarray, tokens: int):
-        start = time.perf_counter()
-        parts, times = [], []
-        with jax.profiler.TraceAnnotation("generate"):
-            for emitted in stream(
-                model, rows[:, :prompt_len], strategy=strategy, max_new_tokens=tokens, sampling=sampling, seed=seed,
-                stop_tokens=(), prefill=plan, reserve=longest,
-            ):  # fmt: skip
-                parts.append(emitted.tokens)
-                times.append(time.perf_counter())
-        return start, times, np.concatenate(parts, axis=1), emitted.state
-
-    _, rows, _ = next(batches(workload, batch_size))
-    run(rows, min(2, output_len))
+    size = min(batch_size, len(workload.prompts))
+    warm_up(model, strategy, batch=size, prompt_len=prompt_len, max_new=longest, sampling=sampling, stop_tokens=(), prefill=plan)
     progress("compiled")
     timelines: list[Timeline] = []
     samples: list[list[int]] = []
     busy = 0.0
     for _, rows, real in batches(workload, batch_size):
-        start, times, tokens, state = run(rows, output_len)
+        start = time.perf_counter()
+        parts, times = [], []
+        with jax.profiler.TraceAnnotation("generate"):
+            for emitted in stream(
+                model, rows[:, :prompt_len], strategy=strategy, max_new_tokens=output_len, sampling=sampling, seed=seed,
+                stop_tokens=(), prefill=plan, reserve=longest,
+            ):  # fmt: skip
+                parts.append(emitted.tokens)
+                times.append(time.perf_counter())
         busy += times[-1] - start
         timelines += [Timeline(start, tuple(times), prompt_len)] * real
-        samples += tokens[:real].tolist()
+        samples += np.concatenate(parts, axis=1)[:real].tolist()
         progress("generated")
     transient = None
-    if weighs and output_len > 1 and not is_driven(strategy):  # the scratch of the one program a step is, where it is one
-        transient = _scratch(model, strategy, sampling, state)
-    books = ledger(strategy, state, transient)
-
-    parts: list[tuple[np.ndarray, ...]] = []
-    hits: list[np.ndarray] = []
-    for index, (where, rows, real) in enumerate(batches(workload, batch_size)):
-        if against is None and not workload.tests:
-            break
-        logits = score(model, rows, prompt_len=prompt_len, strategy=strategy, prefill=plan, reserve=output_len)[:, :-1]
-        if against is not None:
-            parts.append(tuple(np.asarray(x)[:real] for x in fidelity.compare(against.logits[index], logits, rows[:, prompt_len:])))
-        if workload.tests:
-            host = np.asarray(logits)
-            hits += [recall.answered(host[i], test) for i, test in enumerate(workload.tests[where])]
-        progress("scored")
-    guesses = None
-    if audits and strategy.policy.speculates and (against is not None or workload.tests):
-        _, rows, _ = next(batches(workload, batch_size))
-        guesses = audit(model, strategy, rows, prompt_len=prompt_len, prefill=plan)
-    compared = fidelity.Comparison(*(np.concatenate(x) for x in zip(*parts, strict=True))) if parts else None
-    per_prompt = {"recall": [float(hit.mean()) for hit in hits]} if hits else {}
-    if compared is not None:
-        per_prompt |= {"kld": compared.kld.mean(1).tolist(), "nll_delta": compared.nll_delta.mean(1).tolist()}
+    if weighs and output_len > 1 and not is_driven(strategy):  # the scratch of a step, where it is not the host that drives the layers
+        transient = _scratch(model, strategy, sampling, emitted.state)
     return Measurement(
         strategy.describe(),
         strategy.store.name,
         tuple(timelines),
         summarise(timelines, busy),
-        books,
-        {} if compared is None else compared.summary(seed),
-        _by_depth(workload, hits),
+        ledger(strategy, emitted.state, transient),
         samples,
         getattr(strategy.store, "transfer", None),
-        guesses,
-        per_prompt,
+        quality,
     )
 
 
@@ -236,20 +302,13 @@ def _scratch(model: Model, strategy: Strategy, sampling: Sampling, state: KVStat
     """Bytes a decode step needs beside its arguments and results; None where XLA does not say."""
     key = (model.decoder, strategy, sampling, jax.tree.structure(state), tuple((x.shape, x.dtype) for x in jax.tree.leaves(state)))
     if key not in _scratches:
-        analysis = decode_program(model, strategy, sampling, state).memory_analysis()
-        _scratches[key] = None if analysis is None else analysis.temp_size_in_bytes
+        _scratches[key] = decode_scratch(model, strategy, sampling, state)
     return _scratches[key]
 
 
-def without_questions(workload: Workload) -> Workload:
-    """The same prompts with nothing asked."""
-    return dataclasses.replace(workload, tests=())
-
-
-def steps_of(workload: Workload, batch_size: int, asks: bool) -> int:
-    """How often `measure` reports progress."""
-    count = sum(1 for _ in batches(workload, batch_size))
-    return 1 + count * (2 if asks else 1)
+def steps_of(workload: Workload, batch_size: int) -> int:
+    """How often `measure` reports progress; `judge` does so once a batch, and once a batch for every contender."""
+    return 1 + sum(1 for _ in batches(workload, batch_size))
 
 
 def _by_depth(workload: Workload, hits: list[np.ndarray]) -> dict[float, float]:

@@ -14,18 +14,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache import CacheShape, Decode, HostStore, KVState, LayerState, PagedStore, PageTable, Prefill, Strategy
 from kvjax.cache.stores import Seats, page_table
-from kvjax.generation import apply
 from kvjax.models import Decoder
-from kvjax.models.guide import guides
+from kvjax.models.guide import Guide, guides
+from kvjax.runtime.forward import forward
 from kvjax.sampling import Sampling
 
 Layers = tuple[LayerState, ...]
-
-SAME: Any = object()
+Ints = Array | np.ndarray
 
 HEADER = 5
 """Integers before the block table in a packed row: row, length, prompt length, seed, forced token (-1: the row's own last one)."""
@@ -82,60 +82,102 @@ def _shared(programs: Programs, packed: Int[Array, "B HEADER+T"]) -> Seats | Pag
     return page_table(packed[:, HEADER:], programs.num_pages)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def decode(
-    programs: Programs, params, layers: Layers, tokens: Int[Array, " R"], packed: Int[Array, "B HEADER+T"]
+    programs: Programs, params, layers: Layers, tokens: Int[Array, " R"], packed: Int[Ints, "B HEADER+T"]
 ) -> tuple[Layers, Int[Array, " R"], Int[Array, " B"]]:
     """One token for every row of the call. Returns the cache, every row's last token, and the new tokens (-1: logits not finite)."""
-    row, length, prompt_length, seed, forced = packed[:, :HEADER].T
-    kv = KVState(tuple(_rows(layer, row) for layer in layers), length, prompt_length, _shared(programs, packed))
+    if programs.decoder.stringing == "unroll":
+        return _unrolled_decode(programs, params, layers, tokens, packed)
+    frame, last, step = _before_decode(programs, tokens, packed)
+    logits, kv = forward(programs.decoder, params, last, frame.over(layers), step)
+    tokens, chosen = _after_decode(programs, tokens, packed, logits, kv.length)
+    return kv.layers, tokens, chosen
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def _unrolled_decode(programs: Programs, params, layers: Layers, tokens, packed):
+    frame, last, step = _before_decode(programs, tokens, packed)
+    logits, kv = forward(programs.decoder, params, last, frame.over(layers), step)
+    return kv.layers, *_after_decode(programs, tokens, packed, logits, kv.length)
+
+
+@partial(jax.jit, static_argnums=0)
+def _before_decode(programs: Programs, tokens: Int[Array, " R"], packed: Int[Array, "B HEADER+T"]) -> tuple[KVState, Array, Decode]:
+    """The state of a call's rows without its layers, their last tokens [B, 1], and the step."""
+    row, length, prompt_length, _, forced = packed[:, :HEADER].T
     last = jnp.where(forced >= 0, forced, tokens.at[row].get(mode="clip"))
-    step = Decode(row < tokens.shape[0], programs.strategy)
-    logits, kv = apply(programs.decoder, params, last[:, None], kv, step)
-    chosen = _choose(programs.sampling, logits[:, 0], seed, kv.length)
-    layers = tuple(_put_rows(layer, new, row) for layer, new in zip(layers, kv.layers, strict=True))
-    return layers, tokens.at[row].set(jnp.maximum(chosen, 0), mode="drop"), chosen
+    frame = KVState((), length, prompt_length, _shared(programs, packed), row)
+    return frame, last[:, None], Decode(row < tokens.shape[0], programs.strategy)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _after_decode(programs: Programs, tokens: Int[Array, " R"], packed, logits, length) -> tuple[Int[Array, " R"], Int[Array, " B"]]:
+    row, _, _, seed, _ = packed[:, :HEADER].T
+    chosen = _choose(programs.sampling, logits[:, 0], seed, length)
+    return tokens.at[row].set(jnp.maximum(chosen, 0), mode="drop"), chosen
+
+
 def prefill(
-    programs: Programs, context: int | None, params, layers: Layers, packed: Int[Array, "1 HEADER+T"], chunk: Int[Array, "1 S"],
-    num_valid: Int[Array, " 1"],
+    programs: Programs, context: int | None, params, layers: Layers, packed: Int[Ints, "1 HEADER+T"], chunk: Int[Ints, "1 S"],
+    num_valid: Int[Ints, " 1"],
 ) -> tuple[Layers, Float[Array, "1 V"]]:  # fmt: skip
     """The next chunk of a prompt, straight into its pages: for policies that keep everything. Returns the last token's logits.
 
     `context`: no more tokens are there after the chunk (static; None: no bound).
     """
-    _, length, prompt_length, *_ = packed[:, :HEADER].T
-    kv = KVState(layers, length, prompt_length, _shared(programs, packed))
-    logits, kv = apply(programs.decoder, params, chunk, kv, Prefill(num_valid, programs.strategy, first=False, context=context))
-    return kv.layers, logits[:, 0]
+    return _chunk(programs, context, True, params, layers, packed, chunk, num_valid)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def stage(
-    programs: Programs, context: int, params, staging: Layers, packed: Int[Array, "1 HEADER+T"], chunk: Int[Array, "1 S"],
-    num_valid: Int[Array, " 1"],
+    programs: Programs, context: int, params, staging: Layers, packed: Int[Ints, "1 HEADER+T"], chunk: Int[Ints, "1 S"],
+    num_valid: Int[Ints, " 1"],
 ) -> tuple[Layers, Float[Array, "1 V"]]:  # fmt: skip
     """The next chunk of a prompt into the staging row: for policies that evict, which see the whole prompt before they choose.
 
     `context`: no more tokens are staged after the chunk (static).
     """
-    _, length, prompt_length, *_ = packed[:, :HEADER].T
-    step = Prefill(num_valid, programs.strategy, first=False, context=context)
-    logits, kv = apply(programs.decoder, params, chunk, KVState(staging, length, prompt_length), step)
+    return _chunk(programs, context, False, params, staging, packed, chunk, num_valid)
+
+
+def _chunk(programs: Programs, context: int | None, shares: bool, params, layers: Layers, packed, chunk, num_valid):
+    if programs.decoder.stringing == "unroll":
+        return _unrolled_chunk(programs, context, shares, params, layers, packed, chunk, num_valid)
+    frame, step = _before_chunk(programs, context, shares, packed, num_valid)
+    logits, kv = forward(programs.decoder, params, chunk, frame.over(layers), step)
     return kv.layers, logits[:, 0]
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def settle(programs: Programs, context: int, params, layers: Layers, staging: Layers, packed: Int[Array, "1 HEADER+T"]) -> Layers:
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _unrolled_chunk(programs: Programs, context: int | None, shares: bool, params, layers: Layers, packed, chunk, num_valid):
+    frame, step = _before_chunk(programs, context, shares, packed, num_valid)
+    logits, kv = forward(programs.decoder, params, chunk, frame.over(layers), step)
+    return kv.layers, logits[:, 0]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _before_chunk(
+    programs: Programs, context: int | None, shares: bool, packed: Int[Array, "1 HEADER+T"], num_valid: Int[Array, " 1"]
+) -> tuple[KVState, Prefill]:
+    _, length, prompt_length, *_ = packed[:, :HEADER].T
+    frame = KVState((), length, prompt_length, _shared(programs, packed) if shares else None)
+    return frame, Prefill(num_valid, programs.strategy, first=False, context=context)
+
+
+def settle(programs: Programs, context: int, params, layers: Layers, staging: Layers, packed: Int[Ints, "1 HEADER+T"]) -> Layers:
     """Compresses the staged prompt into its pages; `packed` has its full length."""
+    guide = guides(params, len(layers)) or (None,) * len(layers)
+    return tuple(settle_layer(programs, context, *parts, packed) for parts in zip(layers, staging, guide, strict=True))
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def settle_layer(
+    programs: Programs, context: int, layer: LayerState, staged: LayerState, guide: Guide | None, packed: Int[Array, "1 HEADER+T"]
+) -> LayerState:
+    """`settle` of one layer."""
     row, length, prompt_length, *_ = packed[:, :HEADER].T
-    shared = _shared(programs, packed)
-    staged = KVState(tuple(_head(programs.strategy, layer, context) for layer in staging), length, prompt_length)
-    empty = KVState(tuple(_rows(layer, row) for layer in layers), jnp.zeros_like(length), prompt_length, shared)
-    kv = programs.strategy.settle(staged, empty, guides(params, len(layers)))
-    return tuple(_put_rows(layer, new, row) for layer, new in zip(layers, kv.layers, strict=True))
+    empty = KVState((layer,), jnp.zeros_like(length), prompt_length, _shared(programs, packed), row)
+    source = _head(programs.strategy, staged, context)
+    return empty.with_layer(0, programs.strategy.settle_layer(source, empty.layer(0), length, empty, guide)).layers[0]
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -160,7 +202,7 @@ def copy(programs: Programs, layers: Layers, pages: Int[Array, "2 W"], rows: Int
         else:
             assert isinstance(store, PagedStore)
             new = store.copy_pages(layer.store, pages[0], pages[1])
-        return _put_rows(dataclasses.replace(layer, store=new), _rows(layer, rows[:1], new), rows[1:])
+        return layer.put(dataclasses.replace(layer.take(rows[:1]), store=new), rows[1:])
 
     return tuple(one(layer) for layer in layers)
 
@@ -170,7 +212,7 @@ def swap_out(programs: Programs, layers: Layers, row: Int[Array, " 1"]) -> Layer
     """What the device holds of a row, without its seat in the host pool: partial keys (as the `store`) and metadata."""
     store = programs.strategy.store
     assert isinstance(store, HostStore)
-    return tuple(_rows(layer, row, store.take_row(layer.store, row[0])) for layer in layers)
+    return tuple(dataclasses.replace(layer.take(row), store=store.take_row(layer.store, row[0])) for layer in layers)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -181,7 +223,7 @@ def swap_in(programs: Programs, layers: Layers, saved: Layers, row: Int[Array, "
 
     def one(layer: LayerState, old: LayerState) -> LayerState:
         new = store.put_row(layer.store, row[0], old.store)
-        return _put_rows(layer, LayerState(new, old.position, old.score, old.next_slot), row)
+        return layer.put(dataclasses.replace(old, store=new), row)
 
     return tuple(one(layer, old) for layer, old in zip(layers, saved, strict=True))
 
@@ -189,19 +231,6 @@ def swap_in(programs: Programs, layers: Layers, saved: Layers, row: Int[Array, "
 def _choose(sampling: Sampling, logits, seed, position) -> Int[Array, " B"]:
     chosen = sampling.choose(logits, seed, position)
     return jnp.where(jnp.isfinite(logits).all(-1), chosen, -1)
-
-
-def _rows(layer: LayerState, row: Int[Array, " B"], store: Any = SAME) -> LayerState:
-    """The metadata of these rows, over the whole store."""
-    position, score, next_slot = jax.tree.map(lambda x: x.at[row].get(mode="clip"), (layer.position, layer.score, layer.next_slot))
-    return LayerState(layer.store if store is SAME else store, position, score, next_slot)
-
-
-def _put_rows(layer: LayerState, new: LayerState, row: Int[Array, " B"]) -> LayerState:
-    """`layer` with the store of `new` and its metadata in these rows."""
-    old = (layer.position, layer.score, layer.next_slot)
-    metadata = jax.tree.map(lambda old, new: old.at[row].set(new, mode="drop"), old, (new.position, new.score, new.next_slot))
-    return LayerState(new.store, *metadata)
 
 
 def _head(strategy: Strategy, layer: LayerState, slots: int) -> LayerState:

@@ -13,10 +13,10 @@ from jax.typing import DTypeLike
 
 from kvjax.errors import ModelError, SpecError
 from kvjax.models import parameters
-from kvjax.models.config import Activation, LinearScaling, Llama3Scaling, ModelConfig, Norm, Rope
+from kvjax.models.config import Activation, FactorScaling, LinearScaling, Llama3Scaling, ModelConfig, Norm, Rope
 
 MARKER_FILE = "_CHECKPOINT_METADATA"  # orbax writes it into every finished checkpoint
-_SCALINGS = {"llama3": Llama3Scaling, "linear": LinearScaling}
+_SCALINGS = {"llama3": Llama3Scaling, "linear": LinearScaling, "factors": FactorScaling}
 
 
 def save(path: str | os.PathLike, config: ModelConfig, params: parameters.Parameters) -> None:
@@ -86,8 +86,8 @@ def config_from_json(values: dict[str, Any]) -> ModelConfig:
     try:
         rope = values["rope"]
         if rope is not None:
-            scaling = dict(rope["scaling"] or {})
-            rope = Rope(rope["theta"], _SCALINGS[scaling.pop("kind")](**scaling) if scaling else None)
+            scaling = {key: tuple(value) if isinstance(value, list) else value for key, value in (rope["scaling"] or {}).items()}
+            rope = Rope(rope["theta"], _SCALINGS[str(scaling.pop("kind"))](**scaling) if scaling else None)
         special = {
             "norm": Norm(values["norm"]),
             "activation": Activation(values["activation"]),

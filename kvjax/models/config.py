@@ -4,6 +4,7 @@ import dataclasses
 import enum
 
 from kvjax.errors import SpecError
+from kvjax.models.public import PUBLIC
 
 
 class Norm(enum.Enum):
@@ -34,11 +35,18 @@ class LinearScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class FactorScaling:
+    """A divisor for the frequency of every pair of columns: any scaling, worked out beforehand (GGUF's rope_freqs)."""
+
+    factors: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Rope:
     """Rotary position embedding over the two halves of a head (the Hugging Face convention)."""
 
     theta: float = 10_000.0
-    scaling: Llama3Scaling | LinearScaling | None = None
+    scaling: Llama3Scaling | LinearScaling | FactorScaling | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +173,7 @@ PRESETS: dict[str, ModelConfig] = {
         _llama("llama-3.1-70b", 128_256, 8192, 28_672, 80, 64, 8, 131_072, rope=_LLAMA31, stop_tokens=_LLAMA3_STOP),
         _llama("llama-3.2-1b", 128_256, 2048, 8192, 16, 32, 8, 131_072, rope=_LLAMA32, tie_embeddings=True, stop_tokens=_LLAMA3_STOP),
         _llama("llama-3.2-3b", 128_256, 3072, 8192, 28, 24, 8, 131_072, rope=_LLAMA32, tie_embeddings=True, stop_tokens=_LLAMA3_STOP),
+        _llama("smollm2-135m", 49_152, 576, 1536, 30, 9, 3, 8192, rope=Rope(100_000.0), tie_embeddings=True, stop_tokens=(2, 0)),
         _llama("mistral-7b-v0.3", 32_768, 4096, 14_336, 32, 32, 8, 32_768, rope=Rope(1e6)),
         _llama("qwen2-0.5b", 151_936, 896, 4864, 24, 14, 2, 131_072, tie_embeddings=True, **_QWEN2),
         _llama("qwen2-7b", 152_064, 3584, 18_944, 28, 28, 4, 131_072, **_QWEN2),
@@ -172,12 +181,16 @@ PRESETS: dict[str, ModelConfig] = {
         _llama("qwen3-8b", 151_936, 4096, 12_288, 36, 32, 8, 40_960, **_QWEN3),
     )
 }
-"""Published shapes (random weights on request; real weights from a local directory), plus the benchmark shape."""
+"""Published shapes (random weights on request; real weights from a local file or directory), plus the benchmark shape."""
 
 
 def preset(name: str) -> ModelConfig:
     """The named configuration, bundled or preset. Raises SpecError with the list of names."""
     found = BUNDLED.get(name) or PRESETS.get(name)
     if found is None:
-        raise SpecError(f"unknown model {name!r}; bundled: {', '.join(BUNDLED)}; presets: {', '.join(PRESETS)}; or a directory")
+        public, presets = ", ".join(PUBLIC), ", ".join(name for name in PRESETS if name not in PUBLIC)
+        raise SpecError(
+            f"unknown model {name!r}; bundled: {', '.join(BUNDLED)}; fetched by name: {public}; presets: {presets}; or a directory, or a "
+            ".gguf file"
+        )
     return found

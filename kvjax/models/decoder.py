@@ -18,10 +18,20 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kvjax.models.config import OPT_POSITION_OFFSET, Activation, Llama3Scaling, ModelConfig, Norm, Rope
+from kvjax.models.config import OPT_POSITION_OFFSET, Activation, FactorScaling, LinearScaling, ModelConfig, Norm, Rope
 from kvjax.models.guide import Guide, QueryGuide
 
 KV = TypeVar("KV")
+
+Stringing = Literal["unroll", "calls"]
+"""How the layers become programs (kvjax.runtime.forward): all in one, or one for every kind of layer, called once a layer."""
+UNROLLED_LAYERS = 8
+"""Up to so many layers are unrolled on a CPU: below, dispatching them one by one costs more than compiling them."""
+
+
+def default_stringing(config: ModelConfig) -> Stringing:
+    """How the layers of a model are strung together on this machine's device unless someone says otherwise."""
+    return "calls" if jax.default_backend() == "cpu" and config.num_layers > UNROLLED_LAYERS else "unroll"
 
 
 class Step(Protocol[KV]):
@@ -57,10 +67,12 @@ class Decoder(nn.Module):
     Attributes:
       part: `all`, or for whoever runs the layers one by one: `embed` gives hidden states and rotation, `head` takes hidden states and gives
         logits.
+      stringing: how kvjax.runtime runs the layers; the module itself, applied, is one program.
     """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
+    stringing: Stringing = "unroll"
     part: Literal["all", "embed", "head"] = "all"
 
     @nn.compact
@@ -262,8 +274,10 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Float[Array, " half"]:
     frequency = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if rope.scaling is None:
         return frequency
-    if not isinstance(rope.scaling, Llama3Scaling):
+    if isinstance(rope.scaling, LinearScaling):
         return frequency / rope.scaling.factor
+    if isinstance(rope.scaling, FactorScaling):
+        return frequency / jnp.array(rope.scaling.factors, jnp.float32)
     scaling = rope.scaling
     turns = scaling.original_max_position * frequency / (2 * jnp.pi)  # rotations inside the original context
     smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)

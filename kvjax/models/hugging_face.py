@@ -29,7 +29,7 @@ _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Names:
+class Names:
     """What a family calls its tensors: our module (or parameter) to theirs, outside and inside the layers."""
 
     outside: Mapping[str, str]
@@ -48,7 +48,7 @@ class _Names:
         return f"{prefix}{table[module]}.{'bias' if inner[-1] == 'bias' else 'weight'}"
 
 
-_LLAMA_NAMES = _Names(
+_LLAMA_NAMES = Names(
     outside={
         "embed": "model.embed_tokens",
         "final_norm": "model.norm",
@@ -69,7 +69,7 @@ _LLAMA_NAMES = _Names(
         "mlp/down": "mlp.down_proj",
     },
 )
-_OPT_NAMES = _Names(
+_OPT_NAMES = Names(
     outside={
         "embed": "model.decoder.embed_tokens",
         "embed_positions": "model.decoder.embed_positions",
@@ -92,7 +92,7 @@ _OPT_NAMES = _Names(
 )
 
 
-def _names(config: ModelConfig) -> _Names:
+def _names(config: ModelConfig) -> Names:
     return _OPT_NAMES if config.rope is None else _LLAMA_NAMES
 
 
@@ -181,7 +181,7 @@ def _no_weights(path: pathlib.Path) -> str:
     return f"{path} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}"
 
 
-def _names_of(names: _Names, tree: parameters.Parameters) -> list[str]:
+def _names_of(names: Names, tree: parameters.Parameters) -> list[str]:
     return jax.tree.leaves(parameters.map_with_path(lambda at, leaf: names(at), tree))
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kvjax.errors import ModelError, SpecError
-from kvjax.models.config import Activation, LinearScaling, Llama3Scaling, ModelConfig, Norm, Rope
+from kvjax.errors import ModelError, SpecError, clipped
+from kvjax.models.config import Activation, FactorScaling, LinearScaling, Llama3Scaling, ModelConfig, Norm, Rope
 
 CONFIG_FILE = "config.json"
 _NAME_KEY = "kvjax_name"  # config.json has no place for a model's name of its own
@@ -28,7 +28,7 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
       ModelError: config.json is missing, broken, incomplete, or asks for something kvjax does not compute.
     """
     path = pathlib.Path(path)
-    settings = _Settings(path / CONFIG_FILE, read_json(path / CONFIG_FILE))
+    settings = Settings(path / CONFIG_FILE, read_json(path / CONFIG_FILE))
     architectures = settings.values.get("architectures")
     family = architectures[0] if isinstance(architectures, list) and architectures else None
     if family not in tuple(_FAMILIES):  # whatever JSON holds there, hashable or not
@@ -46,14 +46,14 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Settings:
+class Settings:
     """The values of a JSON file, with typed access; every complaint names the file."""
 
     path: pathlib.Path
     values: Mapping[str, Any]
 
     def error(self, message: str) -> ModelError:
-        return ModelError(f"{self.path}: {message}")
+        return ModelError(f"{self.path}: {clipped(message)}")
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self._value(key, default)
@@ -88,7 +88,7 @@ class _Settings:
         return value
 
 
-def _opt(settings: _Settings) -> dict[str, Any]:
+def _opt(settings: Settings) -> dict[str, Any]:
     settings.require("activation_function", "relu")
     settings.require("enable_bias", True)
     settings.require("layer_norm_elementwise_affine", True)
@@ -118,31 +118,31 @@ def _opt(settings: _Settings) -> dict[str, Any]:
     }
 
 
-def _llama(settings: _Settings) -> dict[str, Any]:
+def _llama(settings: Settings) -> dict[str, Any]:
     bias = settings.boolean("attention_bias", False)
     mlp_bias = settings.boolean("mlp_bias", False)
     return _gated(settings, default_stop=(2,)) | {"qkv_bias": bias, "output_bias": bias, "mlp_bias": mlp_bias}
 
 
-def _mistral(settings: _Settings) -> dict[str, Any]:
+def _mistral(settings: Settings) -> dict[str, Any]:
     fields = _gated(settings, default_stop=(2,))
     if settings.values.get("sliding_window") is not None:  # up to the window, sliding attention is full attention
         fields["max_position"] = min(fields["max_position"], settings.integer("sliding_window"))
     return fields
 
 
-def _qwen2(settings: _Settings) -> dict[str, Any]:
+def _qwen2(settings: Settings) -> dict[str, Any]:
     _refuse_sliding_layers(settings)
     return _gated(settings) | {"qkv_bias": True}
 
 
-def _qwen3(settings: _Settings) -> dict[str, Any]:
+def _qwen3(settings: Settings) -> dict[str, Any]:
     _refuse_sliding_layers(settings)
     bias = settings.boolean("attention_bias", False)
     return _gated(settings, default_head_dim=128) | {"qkv_bias": bias, "output_bias": bias, "qk_norm": True}
 
 
-_FAMILIES: dict[str, Callable[[_Settings], dict[str, Any]]] = {
+_FAMILIES: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "OPTForCausalLM": _opt,
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
@@ -151,7 +151,7 @@ _FAMILIES: dict[str, Callable[[_Settings], dict[str, Any]]] = {
 }
 
 
-def _gated(settings: _Settings, default_stop: tuple[int, ...] = (), default_head_dim: int | None = None) -> dict[str, Any]:
+def _gated(settings: Settings, default_stop: tuple[int, ...] = (), default_head_dim: int | None = None) -> dict[str, Any]:
     """What Llama and its descendants share."""
     settings.require("hidden_act", "silu")
     hidden, heads = settings.integer("hidden_size"), settings.integer("num_attention_heads")
@@ -177,13 +177,13 @@ def _gated(settings: _Settings, default_stop: tuple[int, ...] = (), default_head
     }
 
 
-def _rope(settings: _Settings) -> Rope:
+def _rope(settings: Settings) -> Rope:
     """From `rope_theta` and `rope_scaling`, or from `rope_parameters`, which replaced them in transformers 5."""
     given = settings.values.get("rope_scaling") or settings.values.get("rope_parameters") or {}
     if not isinstance(given, dict):
         raise settings.error(f"rope scaling must be an object, not {given!r}")
     shared = {key: settings.values.get(key) for key in ("rope_theta", "partial_rotary_factor")}
-    rope = _Settings(settings.path, shared | given)
+    rope = Settings(settings.path, shared | given)
     rope.require("partial_rotary_factor", 1.0)
     theta = rope.number("rope_theta", 10_000.0)
     match given.get("rope_type", given.get("type", "default")):
@@ -205,20 +205,20 @@ def _rope(settings: _Settings) -> Rope:
             raise settings.error(f"rope type {kind!r} is not supported; supported: default, linear, llama3")
 
 
-def _refuse_sliding_layers(settings: _Settings) -> None:
+def _refuse_sliding_layers(settings: Settings) -> None:
     settings.require("use_sliding_window", False)
     for kind in settings.values.get("layer_types") or ():
         if kind != "full_attention":
             raise settings.error(f"layer type {kind!r} is not supported; supported: full_attention in every layer")
 
 
-def _divide_hidden(settings: _Settings, hidden: int, heads: int) -> int:
+def _divide_hidden(settings: Settings, hidden: int, heads: int) -> int:
     if hidden % heads:
         raise settings.error(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
     return hidden // heads
 
 
-def _stop_tokens(settings: _Settings, default: tuple[int, ...] = ()) -> tuple[int, ...]:
+def _stop_tokens(settings: Settings, default: tuple[int, ...] = ()) -> tuple[int, ...]:
     if "eos_token_id" not in settings.values:
         return default
     value = settings.values["eos_token_id"]
@@ -230,7 +230,7 @@ def _stop_tokens(settings: _Settings, default: tuple[int, ...] = ()) -> tuple[in
 
 def _generation_stop_tokens(path: pathlib.Path) -> tuple[int, ...]:
     file = path / "generation_config.json"
-    return _stop_tokens(_Settings(file, read_json(file))) if file.exists() else ()
+    return _stop_tokens(Settings(file, read_json(file))) if file.exists() else ()
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
@@ -263,10 +263,10 @@ def llama_values(config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:
         tie_embeddings=config.tie_embeddings,
         stop_tokens=config.stop_tokens,
     )
-    if config != plain or config.rope is None:
+    if config != plain or config.rope is None or isinstance(config.rope.scaling, FactorScaling):
         raise ModelError(
-            f"model {config.name} cannot be written as a Llama directory: that needs rotary positions, RMS norm before each block, "
-            "a SiLU-gated MLP, and neither biases nor qk-norm; save it with kvjax.models.checkpoint"
+            f"model {config.name} cannot be written as a Llama directory: that needs rotary positions with a scaling it can name, "
+            "RMS norm before each block, a SiLU-gated MLP, and neither biases nor qk-norm; save it with kvjax.models.checkpoint"
         )
     stop = list(config.stop_tokens)
     return {

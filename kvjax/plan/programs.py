@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from kvjax.cache import CacheShape, HostStore, KVState, Prefill, Strategy
 from kvjax.cache.ledger import nbytes
 from kvjax.errors import SpecError
-from kvjax.generation import _prefill, _settle, decode_steps
+from kvjax.generation import unrolled_prefill, unrolled_settle, unrolled_steps
 from kvjax.kernels.dispatch import current_device
 from kvjax.models import Decoder, ModelConfig, parameters
 from kvjax.models.guide import Guide, QueryGuide, guides
@@ -114,9 +114,10 @@ def compiled_decode(setting: Setting, device: Device) -> Usage:
     """One decode step."""
     setting = as_compiled(setting, device)
     row = jax.ShapeDtypeStruct((setting.batch,), jnp.int32)
-    arguments = placed(device, (_params(setting), state(setting, setting.batch), row, row, row))
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    arguments = placed(device, (_params(setting), state(setting, setting.batch), row, row, row, count))
     with device.in_scope():
-        return _usage(decode_steps.lower(decoder(setting), setting.strategy, Sampling(), (), 1, *arguments), arguments, device)
+        return _usage(unrolled_steps.lower(decoder(setting), setting.strategy, Sampling(), (), 1, *arguments), arguments, device)
 
 
 def compiled_prefill(setting: Setting, device: Device) -> Usage:
@@ -130,11 +131,11 @@ def compiled_prefill(setting: Setting, device: Device) -> Usage:
     step = Prefill(lengths, strategy) if chunk == prompt else Prefill(lengths, strategy, first=False, context=prompt)
     with device.in_scope():
         arguments = placed(device, (params, tokens, kv, step))
-        chunked = _usage(_prefill.lower(decoder(setting), *arguments), arguments, device)
+        chunked = _usage(unrolled_prefill.lower(decoder(setting), *arguments), arguments, device)
         if not setting.stages:
             return chunked
         arguments = placed(device, (kv, state(setting, rows), guides(params, setting.config.num_layers)))
-        settled = _usage(_settle.lower(strategy, *arguments), arguments, device)
+        settled = _usage(unrolled_settle.lower(strategy, *arguments), arguments, device)
     return max(chunked, settled, key=lambda usage: usage.beside)
 
 

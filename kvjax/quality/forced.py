@@ -7,7 +7,6 @@ to a prompt, and differ in what they read of it, share its prefill.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from kvjax.cache import Decode, DenseStore, Full, HostStore, InfiniGen, KVState, Ledger, OracleTopK, Policy, Strategy, ledger, tokens
+from kvjax.cache import DenseStore, Full, HostStore, InfiniGen, KVState, Ledger, OracleTopK, Policy, Strategy, ledger, tokens
 from kvjax.engine import offline
 from kvjax.errors import InputError
-from kvjax.generation import apply, run_prefill
-from kvjax.models import Decoder, Model
+from kvjax.generation import feed, run_prefill
+from kvjax.models import Model
 from kvjax.quality import fidelity, recall
-from kvjax.quality.speculation import MEASURES, Audit, Audited, Speculation
+from kvjax.quality.speculation import MEASURES, Speculation, audited_feed
 
 Guided = Callable[[Strategy], Model]
 """The model as a strategy needs it (kvjax.calibrate)."""
@@ -98,7 +97,7 @@ class Forced:
         """Batch by batch, all that comes behind the prompt."""
         model = self.guided(strategy)
         for (_, rows, _), (first, kv) in zip(self._batches(), self._prefilled(model, strategy), strict=True):
-            following, kv, found = _fed(model.decoder, strategy, model.params, kv, jnp.asarray(rows[:, self.start :], jnp.int32))
+            following, kv, found = _fed(model, strategy, kv, rows[:, self.start :])
             yield Fed(jnp.concatenate([first[:, None], following[:, :-1]], axis=1), kv, found)
 
     def _prefilled(self, model: Model, strategy: Strategy) -> list[tuple[jax.Array, KVState]]:
@@ -145,24 +144,15 @@ def _prompt_twin(strategy: Strategy) -> Strategy:
     return Strategy(policy, strategy.store)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _fed(decoder: Decoder, strategy: Strategy, params, kv: KVState, fed: Int[jax.Array, "B T"]):
-    """The tokens one by one, whatever is predicted.
+def _fed(model: Model, strategy: Strategy, kv: KVState, tokens: Int[np.ndarray, "B T"]):
+    """The tokens one by one, whatever is predicted; `kv` stays as it is.
 
-    Returns the logits after each, the state, and what the audit of the guesses found: by layer and measure, [T, B].
+    Returns the logits after each, the state, and what the audit of the guesses says: by layer and measure, [T, B].
     """
-    step = Decode(jnp.ones(fed.shape[0], bool), strategy)
-
-    def one(kv, token):
-        if not strategy.policy.speculates:
-            logits, kv = apply(decoder, params, token[:, None], kv, step)
-            return kv, (logits[:, 0], {})
-        audited: Any = decoder.apply(params, token[:, None], Audited(kv, {}), Audit(step))
-        logits, state = audited
-        return state.kv, (logits[:, 0], state.found)
-
-    kv, (logits, found) = jax.lax.scan(one, kv, fed.T)
-    return logits.swapaxes(0, 1), kv, found
+    kv = jax.tree.map(jnp.copy, kv)
+    if strategy.policy.speculates:
+        return audited_feed(model, strategy, kv, tokens)
+    return *feed(model, strategy, kv, tokens), {}
 
 
 def _speculation(audits: Sequence[dict[int, Mapping[str, np.ndarray]]]) -> dict[str, Any]:

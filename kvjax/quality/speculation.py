@@ -23,7 +23,6 @@ All are means over kv heads (mass_covered: query heads). Layers that read everyt
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +38,11 @@ from kvjax.errors import InputError, SpecError
 from kvjax.generation import PrefillPlan, as_strategy, check_positions, check_vocabulary, run_prefill
 from kvjax.models import Decoder, Model
 from kvjax.quality.fidelity import Estimate
+from kvjax.runtime.forward import forward
 
 MEASURES = ("precision", "recall", "mass_covered", "fetched", "near")
 
-Found = Mapping[str, Float[Array, " B"]]
+Measures = Mapping[str, Float[Array, " B"]]
 """MEASURES of one layer in one step."""
 
 
@@ -106,9 +106,7 @@ def audit(
     strategy = as_strategy(Strategy(strategy.policy, dataclasses.replace(strategy.store, transfer="device")))
     lengths = np.full(batch, prompt_len, np.int32)
     _, kv = run_prefill(model, strategy, token_ids[:, :prompt_len], lengths, total - prompt_len, prefill)
-    found, _ = _audit_steps(model.decoder, strategy, model.params, kv, jnp.asarray(token_ids[:, prompt_len:], jnp.int32))
-    stacked = {name: [np.asarray(found[layer][name]).T for layer in found] for name in MEASURES}
-    return Speculation(tuple(found), {name: np.reshape(values, (len(found), batch, -1)) for name, values in stacked.items()})
+    return speculation_of(audited_feed(model, strategy, kv, token_ids[:, prompt_len:])[2])
 
 
 def audit_some(
@@ -128,11 +126,39 @@ def audit_some(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class AuditedLayer:
+    """A layer's cache, and how good the guess for it was in the step at hand (None: nothing was guessed, or not yet)."""
+
+    state: LayerState
+    measures: Measures | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Audited:
-    """The KV state of a step under audit: the strategy's own, and what was found in each layer so far."""
+    """The KV state of a step under audit: the strategy's own, layer by layer with what the audit says of it."""
 
     kv: KVState
-    found: dict[int, Found]
+    layers: tuple[AuditedLayer, ...]
+
+    def over(self, layers: tuple[AuditedLayer, ...]) -> "Audited":
+        """The same rows over other layers."""
+        return dataclasses.replace(self, layers=tuple(layers))
+
+    @property
+    def state(self) -> KVState:
+        """The strategy's own state."""
+        return self.kv.over(tuple(layer.state for layer in self.layers))
+
+    def after(self, state: KVState) -> "Audited":
+        """The audit with the strategy's state moved on."""
+        layers = (dataclasses.replace(old, state=new) for old, new in zip(self.layers, state.layers, strict=True))
+        return Audited(state.over(()), tuple(layers))
+
+    @staticmethod
+    def start(state: KVState) -> "Audited":
+        """Nothing judged yet."""
+        return Audited(state.over(()), tuple(AuditedLayer(layer) for layer in state.layers))
 
 
 @jax.tree_util.register_dataclass
@@ -142,27 +168,71 @@ class Audit:
 
     decode: Decode
 
-    def positions(self, state: Audited, num_tokens: int) -> Int[Array, "B 1"]:
-        return self.decode.positions(state.kv, num_tokens)
+    def positions(self, audited: Audited, num_tokens: int) -> Int[Array, "B 1"]:
+        return self.decode.positions(audited.kv, num_tokens)
 
-    def look_ahead(self, layer: int, queries, state: Audited) -> Audited:
-        return dataclasses.replace(state, kv=self.decode.look_ahead(layer, queries, state.kv))
+    def look_ahead(self, layer: int, queries, audited: Audited) -> Audited:
+        return audited.after(self.decode.look_ahead(layer, queries, audited.state))
 
-    def attend(self, layer: int, q, k, v, state: Audited, guide=None):
-        found, cached = state.found, state.kv.layers[layer]
+    def attend(self, layer: int, q, k, v, audited: Audited, guide=None):
+        state = audited.state
+        cached = state.layer(layer)
         if cached.store.partial is not None and cached.store.staged is not None:
-            found = found | {layer: compare(self.decode.strategy, cached, q[:, 0], k[:, 0], state.kv)}
-        out, kv = self.decode.attend(layer, q, k, v, state.kv, guide)
-        return out, Audited(kv, found)
+            measures = compare(self.decode.strategy, cached, q[:, 0], k[:, 0], state)
+            layers = list(audited.layers)
+            layers[layer] = dataclasses.replace(layers[layer], measures=measures)
+            audited = audited.over(tuple(layers))
+        out, state = self.decode.attend(layer, q, k, v, state, guide)
+        return out, audited.after(state)
 
     def hidden(self, x: Float[Array, "B 1 M"]) -> Float[Array, "B 1 M"]:
         return self.decode.hidden(x)
 
-    def finish(self, state: Audited, num_tokens: int) -> Audited:
-        return dataclasses.replace(state, kv=self.decode.finish(state.kv, num_tokens))
+    def finish(self, audited: Audited, num_tokens: int) -> Audited:
+        return audited.after(self.decode.finish(audited.state, num_tokens))
 
 
-def compare(strategy: Strategy, layer: LayerState, q: Float[Array, "B H D"], k: Float[Array, "B Hkv D"], kv: KVState) -> Found:
+def speculation_of(measures: Mapping[int, Mapping[str, Float[Array, "T B"]]]) -> Speculation:
+    """What `audited_feed` measured, in one piece."""
+    values = {name: np.stack([np.asarray(measures[i][name]).T for i in measures]) if measures else np.zeros((0, 0, 0)) for name in MEASURES}
+    return Speculation(tuple(measures), values)
+
+
+def audited_feed(
+    model: Model, strategy: Strategy, kv: KVState, token_ids: Int[Array, "B T"] | np.ndarray
+) -> tuple[Float[Array, "B T V"], KVState, dict[int, Mapping[str, Float[Array, "T B"]]]]:
+    """`kvjax.generation.feed` under audit: logits, state, and MEASURES by layer, [T, B] each. Takes the memory of `kv` over."""
+    tokens = jnp.asarray(token_ids, jnp.int32)
+    if model.decoder.stringing == "unroll":
+        return _audited_feed(model.decoder, strategy, model.params, kv, tokens)
+    step = Audit(Decode(jnp.ones(tokens.shape[0], bool), strategy))
+    logits, steps = [], []
+    for t in range(tokens.shape[1]):
+        after, audited = forward(model.decoder, model.params, tokens[:, t : t + 1], Audited.start(kv), step)
+        kv = audited.state
+        logits.append(after[:, 0])
+        steps.append(_measures(audited))
+    return jnp.stack(logits, axis=1), kv, jax.tree.map(lambda *x: jnp.stack(x), *steps)
+
+
+def _measures(audited: Audited) -> dict[int, Measures]:
+    """MEASURES of every layer that was guessed for."""
+    return {i: layer.measures for i, layer in enumerate(audited.layers) if layer.measures is not None}
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _audited_feed(decoder: Decoder, strategy: Strategy, params, kv: KVState, tokens: Int[Array, "B T"]):
+    step = Audit(Decode(jnp.ones(tokens.shape[0], bool), strategy))
+
+    def one(kv, token):
+        logits, audited = forward(decoder, params, token[:, None], Audited.start(kv), step)
+        return audited.state, (logits[:, 0], _measures(audited))
+
+    kv, (logits, measures) = jax.lax.scan(one, kv, tokens.T)
+    return logits.swapaxes(0, 1), kv, measures  # the state is returned so that the donated memory is reused
+
+
+def compare(strategy: Strategy, layer: LayerState, q: Float[Array, "B H D"], k: Float[Array, "B Hkv D"], kv: KVState) -> Measures:
     """What is staged of a layer against what these queries would have chosen; `k` are the keys of the newest token, not stored yet."""
     batch, _, dim = q.shape
     keys, _ = strategy.store.tokens(layer.store, kv.shared, batch)
@@ -207,20 +277,6 @@ def _marked(slot: Int[Array, "B Hkv K"], capacity: int) -> Bool[Array, "B Hkv C"
 def _unbounded(policy: Policy) -> Policy:
     """The policy without a limit on what it reads, where it has one that can be lifted."""
     return policy if type(policy).with_budget is Policy.with_budget else policy.with_budget(1.0)
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _audit_steps(
-    decoder: Decoder, strategy: Strategy, params, kv: KVState, tokens: Int[Array, "B T"]
-) -> tuple[dict[int, Mapping[str, Float[Array, "T B"]]], KVState]:
-    everyone: Bool[Array, " B"] = jnp.ones(tokens.shape[0], bool)
-
-    def one(kv, token):
-        result: Any = decoder.apply(params, token[:, None], Audited(kv, {}), Audit(Decode(everyone, strategy)))
-        return result[1].kv, result[1].found
-
-    kv, found = jax.lax.scan(one, kv, tokens.T)
-    return found, kv  # the state is returned so that the donated memory is reused
 
 
 def _mean(per_row: Float[np.ndarray, " R"]) -> Estimate:

@@ -28,7 +28,8 @@ LARGEST_PNG = 400_000
 """Bytes of an image that STUDY.md may bring along; figures that are SVG have no such limit."""
 
 SETTING = (
-    ("device_kind", "device"), ("cpu_count", "cores"), ("model_id", "models"), ("dtype", "dtype"), ("python_version", "Python"),
+    ("device_kind", "device"), ("cpu_count", "cores"), ("model_id", "models"), ("model_weights", "weights"),
+    ("model_license", "licence"), ("dtype", "dtype"), ("python_version", "Python"),
     ("jax_version", "jax"), ("jaxlib_version", "jaxlib"), ("numpy_version", "numpy"), ("git_commit", "commit"),
 )  # fmt: skip
 

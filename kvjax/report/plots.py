@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from kvjax.engine.serve import Service
+from kvjax.models.source import model_title
 
 _PURPOSES = (("live", "keys and values", "tab:blue"), ("metadata", "metadata", "tab:orange"), ("empty", "empty", "lightgrey"))
 _DEPTH = "task_recall_depth_"
@@ -22,7 +23,7 @@ def overview(records: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     if asked:
         _recall(records, axes[0, 0])
     _bytes(records, axes[0, -1])
-    figure.suptitle(f"{records[0]['model_id']}, {records[0]['input_len']} tokens of prompt, batch {records[0]['batch_size']}", fontsize=10)
+    figure.suptitle(f"{model_title(records[0])}, {records[0]['input_len']} tokens of prompt, batch {records[0]['batch_size']}", fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -49,7 +50,7 @@ def under_load(records: Sequence[dict[str, Any]], services: Sequence[Service], p
     running.legend(fontsize=8)
     first = records[0]
     figure.suptitle(
-        f"{first['model_id']}, {first['num_prompts']} requests, {first['request_rate']} requests/s, {first['kv_memory']}", fontsize=10
+        f"{model_title(first)}, {first['num_prompts']} requests, {first['request_rate']} requests/s, {first['kv_memory']}", fontsize=10
     )
     figure.savefig(path, dpi=150)
     plt.close(figure)

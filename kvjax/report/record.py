@@ -43,6 +43,16 @@ def setting() -> dict[str, Any]:
     }
 
 
+def model_fields(model: Model) -> dict[str, Any]:
+    """Which model it was, how its weights were stored before they became `dtype`, and on what terms they come."""
+    return {
+        "model_id": model.config.name,
+        "model_weights": None if model.source is None else model.source.weights,
+        "model_license": None if model.source is None else model.source.license,
+        "dtype": str(model.dtype),
+    }
+
+
 def record(measurement: Measurement, model: Model, workload: Workload, options: dict[str, Any]) -> dict[str, Any]:
     """The flat record of one strategy's run. `options` are the settings the run was asked for."""
     quality: dict[str, Any] = {}
@@ -57,8 +67,7 @@ def record(measurement: Measurement, model: Model, workload: Workload, options: 
         quality |= measurement.speculation.record()
     return {
         **setting(),
-        "model_id": model.config.name,
-        "dtype": str(model.dtype),
+        **model_fields(model),
         "strategy": measurement.strategy,
         "store": measurement.store,
         "workload": workload.kind,
@@ -91,8 +100,7 @@ def load_record(
     return {
         **setting(),
         "label": engine.strategy.describe(),
-        "model_id": model.config.name,
-        "dtype": str(model.dtype),
+        **model_fields(model),
         "strategy": engine.strategy.describe(),
         "store": engine.strategy.store.name,
         "workload": load.kind,

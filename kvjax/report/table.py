@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from kvjax.models.source import model_title
+
 Record = dict[str, Any]
 
 
@@ -21,7 +23,7 @@ def show(records: Sequence[Record], console: Console) -> None:
         what = f"{lengths}, {how}, {first['kv_memory']} of KV memory"
     else:
         what += f", batch {first['batch_size']}"
-    title = f"{first['model_id']} ({first['dtype']}) on {first['device_kind']}: {what}, seed {first['seed']}"
+    title = f"{model_title(first)} ({first['dtype']}) on {first['device_kind']}: {what}, seed {first['seed']}"
     console.print(f"\n[bold]{title}[/bold]", highlight=False)
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)

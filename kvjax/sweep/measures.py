@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import matching
-from kvjax.cache import CacheShape, Full, HostStore, Strategy, parse_strategy
+from kvjax.cache import CacheShape, HostStore, Strategy, parse_strategy
 from kvjax.calibrate import Calibration, calibrate, calibrated
 from kvjax.engine import load as loads
 from kvjax.engine import metrics, offline, serve
@@ -199,7 +199,6 @@ class Bench:
         self._models: dict[tuple[Any, ...], Model] = {}
         self._calibrations: dict[tuple[Any, ...], Calibration] = {}
         self._prepared: Kept[Model] = Kept(8)
-        self._references: Kept[offline.Reference] = Kept(8)
         self._forced: Kept[Forced] = Kept(2)
         self._engines: Kept[Engine] = Kept(ENGINES)
 
@@ -240,14 +239,13 @@ class Bench:
         if cell.limit is not None:
             check_limit(strategy, parse_memory(cell.limit), sizes)
         plan = PrefillPlan()
-        against = None
+        prepared, quality = self.guided(model, strategy, _model_key(cell)), offline.Quality()
         if cell.quality:
-            key = (*_model_key(cell), cell.num_prompts, cell.input_len, seed, cell.num_facts, batch, cell.output_len)
-            against = self._references.get(key, lambda: offline.reference(model, Strategy(Full()), workload, batch, cell.output_len, plan))
+            judging = dict(batch_size=batch, reserve=cell.output_len, plan=plan, seed=seed, audits=bool(cell.audit))
+            (quality,) = offline.judge([(prepared, strategy)], workload, **judging)  # type: ignore[arg-type]
         measured = offline.measure(
-            self.guided(model, strategy, _model_key(cell)), strategy, workload if cell.quality else offline.without_questions(workload),
-            batch_size=batch, output_len=cell.output_len, seed=seed, plan=plan, against=against,
-            audits=bool(cell.audit), weighs=bool(cell.scratch),
+            prepared, strategy, workload, batch_size=batch, output_len=cell.output_len, seed=seed, plan=plan, quality=quality,
+            weighs=bool(cell.scratch),
         )  # fmt: skip
         options: Record = {"input_len": cell.input_len, "output_len": cell.output_len, "batch_size": batch, "seed": seed}
         options |= {"random_weights": bool(cell.random_weights), "num_layers": model.config.num_layers, "budget": cell.budget}
@@ -294,7 +292,7 @@ class Bench:
         found = self._forced.get(key, make).measure(strategy)
         del found["depths"], found["answered"]
         return {
-            **records.setting(), "model_id": model.config.name, "dtype": str(model.dtype), "strategy": described,
+            **records.setting(), **records.model_fields(model), "strategy": described,
             "store": strategy.store.name, "workload": "recall",
             "num_prompts": cell.num_prompts, "input_len": cell.input_len, "batch_size": cell.batch_size, "seed": seed,
             "budget": cell.budget, "task_questions_per_depth": cell.num_prompts, **found,
@@ -306,7 +304,7 @@ class Bench:
         """The model of a cell, loaded once; only ever one in memory."""
         key = _model_key(cell)
         if key not in self._models:
-            for kept in (self._models, self._calibrations, self._prepared, self._references, self._forced, self._engines):
+            for kept in (self._models, self._calibrations, self._prepared, self._forced, self._engines):
                 kept.clear()
             self._models[key] = self._made(cell)
         return self._models[key]

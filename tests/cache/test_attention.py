@@ -31,12 +31,12 @@ def test_prompt_attention_is_causal_attention(batch, length, kv_heads, group, di
     rng = np.random.default_rng(length + block)
     q, k, v = random_qkv(rng, batch, length, kv_heads, group, dim)
     counted = rng.random((batch, length)) < 0.7
-    out, mass = jax.jit(lambda *x: prompt_attention(*x, SUM, block))(q, k, v, counted)
+    out, (mass,) = jax.jit(lambda *x: prompt_attention(*x, (SUM,), block))(q, k, v, counted)
     np.testing.assert_allclose(out, causal_attention(q, k, v), atol=2e-6)
     probs = probabilities(q, k, np.broadcast_to(np.arange(length), (batch, length)))
     np.testing.assert_allclose(mass, np.einsum("bngqk,bq->bnk", probs, counted), atol=1e-5)
-    _, nothing = jax.eval_shape(lambda *x: prompt_attention(*x, None, block), q, k, v, counted)
-    assert nothing is None
+    _, nothing = jax.eval_shape(lambda *x: prompt_attention(*x, (), block), q, k, v, counted)
+    assert nothing == ()
 
 
 def test_blocks_change_no_gradient():
@@ -82,12 +82,12 @@ def test_chunk_attention_with_other_tokens_per_head():
         np.testing.assert_allclose(out[0, 0, head], probs / probs.sum() @ v[0, held, head], atol=2e-6)
 
 
-@pytest.mark.parametrize("group_mass", [None, SUM], ids=["plain", "statistics"])
-def test_scratch_memory_of_a_prompt_grows_with_its_length_and_not_its_square(group_mass):
+@pytest.mark.parametrize("rules", [(), (SUM,)], ids=["plain", "statistics"])
+def test_scratch_memory_of_a_prompt_grows_with_its_length_and_not_its_square(rules):
     def scratch(length: int) -> int:
         q, k = (jax.ShapeDtypeStruct((1, length, heads, 16), jnp.float32) for heads in (4, 2))
         valid = jax.ShapeDtypeStruct((1, length), bool)
-        program = jax.jit(lambda q, k, v, valid: prompt_attention(q, k, v, valid, group_mass, 64)).lower(q, k, k, valid).compile()
+        program = jax.jit(lambda q, k, v, valid: prompt_attention(q, k, v, valid, rules, 64)).lower(q, k, k, valid).compile()
         analysis = program.memory_analysis()
         assert analysis is not None
         return analysis.temp_size_in_bytes

@@ -120,7 +120,7 @@ def test_uniform_attention_favours_early_tokens():
     length = 50
     _, k, v = random_qkv(3, 2, length)
     q = np.zeros((1, length, 4, HEAD_DIM), np.float32)
-    _, mass = prompt_attention(q, k, v, np.ones((1, length), bool), H2O().group_mass)
+    _, (mass,) = prompt_attention(q, k, v, np.ones((1, length), bool), (H2O().group_mass,))
     harmonic = np.cumsum((1 / np.arange(1, length + 1))[::-1])[::-1]
     np.testing.assert_allclose(mass[0, 0], 2 * harmonic, rtol=1e-5)
     found = library(Strategy(H2O(heavy=5, recent=5)), q, k, v, length)
@@ -141,7 +141,7 @@ def test_padding_gives_no_mass():
     length, padded = 20, 32
     q, k, v = random_qkv(5, 2, padded)
     valid = jnp.arange(padded)[None] < length
-    _, mass = jax.jit(lambda *x: prompt_attention(*x, H2O().group_mass, block=8))(q, k, v, valid)
-    _, alone = prompt_attention(*(x[:, :length] for x in (q, k, v)), valid[:, :length], H2O().group_mass)
+    _, (mass,) = jax.jit(lambda *x: prompt_attention(*x, (H2O().group_mass,), block=8))(q, k, v, valid)
+    _, (alone,) = prompt_attention(*(x[:, :length] for x in (q, k, v)), valid[:, :length], (H2O().group_mass,))
     np.testing.assert_allclose(mass[..., :length], alone, atol=1e-5)
     assert (np.asarray(mass)[..., length:] == 0).all()

@@ -73,7 +73,8 @@ def test_preset_needs_random_weights_asked_for():
 
 @pytest.mark.parametrize("name", ["kvjax-9m", "facebook/opt-125m", "./nowhere"])
 def test_unknown_name_lists_what_exists(name):
-    with pytest.raises(SpecError, match=f"unknown model '{name}'; bundled: kvjax-1m, kvjax-4m; presets: bench-32m, .*; or a directory"):
+    names = "bundled: kvjax-1m, kvjax-4m; fetched by name: smollm2-135m; presets: bench-32m, .*; or a directory, or a .gguf file"
+    with pytest.raises(SpecError, match=f"unknown model '{name}'; {names}"):
         load_model(name)
 
 

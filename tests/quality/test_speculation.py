@@ -10,12 +10,11 @@ import pytest
 from numpy.testing import assert_allclose
 from rich.console import Console
 
-from kvjax.cache import Full, Strategy, parse_strategy
+from kvjax.cache import parse_strategy
 from kvjax.cache.policies import InfiniGen
 from kvjax.calibrate import calibrate, calibrated
 from kvjax.engine import offline
 from kvjax.errors import InputError, SpecError
-from kvjax.generation import PrefillPlan
 from kvjax.models import Model, load_model, parameters
 from kvjax.quality.speculation import MEASURES, Speculation, audit
 from kvjax.report import record, table
@@ -234,9 +233,9 @@ def test_measured_recorded_and_shown(deep, calibrations):
     prepared = calibrated(model, strategy, calibrations["opt"])
     workload = offline.make_workload(model, num_prompts=3, input_len=PROMPT, seed=0, continuation_len=STEPS)
     options = dict(batch_size=2, output_len=2)
-    against = offline.reference(model, Strategy(Full()), workload, 2, 2, PrefillPlan())
-    measured = offline.measure(prepared, strategy, workload, against=against, **options)
-    whole = np.concatenate([workload.prompts, workload.continuation], axis=1)[:2]
+    (quality,) = offline.judge([(prepared, strategy)], workload, batch_size=2, reserve=2)
+    measured = offline.measure(prepared, strategy, workload, quality=quality, **options)
+    whole = np.concatenate([workload.prompts, workload.continuation], axis=1)[:2, :-1]  # nothing is compared with the last one's logits
     alone = audit(prepared, strategy, whole, prompt_len=PROMPT)
     assert measured.speculation is not None
     assert measured.speculation.record() == alone.record()

@@ -397,12 +397,13 @@ def stored_dim(store: Store, head_dim: int) -> int:
 
 def attend_prompt(
     q: Float[Array, "B S H D"], k: Float[Array, "B S Hkv D"], v: Float[Array, "B S Hkv D"], valid: Bool[Array, "B S"],
-    group_mass: GroupMass | None = None,
-) -> tuple[Float[Array, "B S H D"], Float[Array, "B Hkv S"] | None]:  # fmt: skip
+    rules: tuple[GroupMass, ...] = (),
+) -> tuple[Float[Array, "B S H D"], tuple[Float[Array, "B Hkv S"], ...]]:  # fmt: skip
     """`prompt_attention` by kernels, its output zero for queries that are not valid; in plain JAX where they cannot join the mass."""
-    if group_mass is not None and group_mass is not summed_mass:
-        return prompt_attention(q, k, v, valid, group_mass)
-    return attend_behind(q, k, v, jnp.zeros(q.shape[0], jnp.int32), valid, group_mass)
+    if any(rule is not summed_mass for rule in rules):
+        return prompt_attention(q, k, v, valid, rules)
+    out, mass = attend_behind(q, k, v, jnp.zeros(q.shape[0], jnp.int32), valid, rules[0] if rules else None)
+    return out, () if mass is None else (mass,) * len(rules)
 
 
 def attend_behind(

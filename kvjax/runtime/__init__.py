@@ -1,0 +1,1 @@
+"""How a model's layers become programs, and the programs that every caller shares."""

@@ -1,0 +1,130 @@
+"""One call of the decoder, its layers strung together in one of two ways that give the same outputs.
+
+  unroll   all layers in one program. XLA compiles every layer anew, so compile time grows with depth.
+  calls    one program for every kind of layer, called once a layer by the host, and small ones for the embedding and the head. Compile time
+           does not grow with depth. The price is a dispatch a layer, which a CPU hides behind the layer before as long as layers are large.
+
+`calls` is what a CPU takes for deep models (kvjax.models.decoder.default_stringing). Inside another program (a trace) it means the same as
+`unroll`.
+"""
+
+import dataclasses
+import warnings
+from functools import partial
+from typing import Any, Protocol, Self
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from kvjax.models.decoder import Block, Decoder, Step
+
+# A layer's state is donated whole, what was fetched for the step included, which has no place in the result.
+warnings.filterwarnings("ignore", message="Some donated buffers were not usable", category=UserWarning)
+
+
+class State(Protocol):
+    """What goes through the layers: per layer a part of its own, and what they share."""
+
+    @property
+    def layers(self) -> tuple[Any, ...]: ...
+
+    def over(self, layers: tuple[Any, ...]) -> Self: ...
+
+
+def forward[KV: State](
+    decoder: Decoder, params: Any, tokens: Int[Array, "B S"], kv: KV, step: Step[KV]
+) -> tuple[Float[Array, "B T V"], KV]:
+    """Runs `tokens` through every layer, as `decoder.stringing` says.
+
+    Args:
+      params: the Flax variables of `decoder`; a collection "guide" beside "params" goes to the layers too.
+      kv: the state. With `calls`, outside a trace, the memory of its layers is taken over, as of a donated argument.
+
+    Returns float32 logits for the positions `step.hidden` selects, and the new state.
+    """
+    if decoder.stringing == "unroll":
+        result: Any = decoder.apply(params, tokens, kv, step)
+        return result
+    ends = {name: value for name, value in params["params"].items() if not name.startswith("layer_")}
+    frame, layers = kv.over(()), list(kv.layers)
+    x, rotation = _embed(decoder, ends, tokens, frame, step)
+    for i in range(len(layers)):
+        here = slice(i, i + 2)  # a layer may prepare the next one
+        x, layers[here] = _block(decoder, layer_variables(params, i), x, rotation, tuple(layers[here]), frame, step)
+    logits, frame = _head(decoder, ends, x, frame, step, tokens.shape[1])
+    return logits, frame.over(tuple(layers))
+
+
+def warm(decoder: Decoder, params: Any, tokens: Int[Array, "B S"], kv: Any, step: Any) -> Float[Array, "B T V"]:
+    """Compiles what `forward` runs by calls, with one layer of every kind. Takes the memory of `kv` over; the logits mean nothing."""
+    ends = {name: value for name, value in params["params"].items() if not name.startswith("layer_")}
+    frame, layers = kv.over(()), list(kv.layers)
+    x, rotation = _embed(decoder, ends, tokens, frame, step)
+    seen = set()
+    for i in range(len(layers)):
+        variables, here = layer_variables(params, i), slice(i, i + 2)
+        if (kind := _kind((variables, layers[here]))) not in seen:
+            seen.add(kind)
+            x, layers[here] = _block(decoder, variables, x, rotation, tuple(layers[here]), frame, step)
+    return _head(decoder, ends, x, frame, step, tokens.shape[1])[0]
+
+
+def _kind(tree: Any) -> Any:
+    """What distinguishes programs: structure, shapes and types."""
+    return jax.tree.structure(tree), tuple((a.shape, a.dtype) for a in jax.tree.leaves(tree))
+
+
+def layer_variables(params: Any, index: int) -> dict[str, Any]:
+    """The Flax variables of one layer."""
+    name = f"layer_{index}"
+    return {collection: values[name] for collection, values in params.items() if name in values}
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(decoder: Decoder, ends, tokens, frame, step):
+    part: Any = dataclasses.replace(decoder, part="embed")
+    return part.apply({"params": ends}, tokens, frame, step)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=(2, 4))
+def _block(decoder: Decoder, variables, x: Float[Array, "B S M"], rotation, layers, frame, step):
+    """One layer, the first of `layers`, which has the next one beside it if there is one."""
+    block: Any = Block(decoder.config, 0, decoder.dtype)
+    x, kv = block.apply(variables, x, rotation, frame.over(layers), step)
+    return x, kv.layers
+
+
+@partial(jax.jit, static_argnums=(0, 5))
+def _head(decoder: Decoder, ends, x: Float[Array, "B S M"], frame, step, num_tokens: int):
+    part: Any = dataclasses.replace(decoder, part="head")
+    logits, _ = part.apply({"params": ends}, x, None, step)
+    return logits, step.finish(frame, num_tokens)
+
+
+def scratch(decoder: Decoder, params: Any, tokens: Any, kv: Any, step: Any) -> int | None:
+    """Bytes a call needs beside its arguments and the state: the most that any of its programs takes. Compiles them once more.
+
+    Args: as of `forward`; shapes (jax.ShapeDtypeStruct) do.
+
+    Returns None where the compiler does not say.
+    """
+    kv, tokens, params = (jax.tree.map(jax.typeof, tree) for tree in (kv, tokens, params))
+    ends = {name: value for name, value in params["params"].items() if not name.startswith("layer_")}
+    frame, layers = kv.over(()), list(kv.layers)
+    sizes: dict[Any, int | None] = {}
+    x, rotation = jax.eval_shape(partial(_embed, decoder), ends, tokens, frame, step)
+    for i in range(len(layers)):
+        here = slice(i, i + 2)
+        arguments = layer_variables(params, i), x, rotation, tuple(layers[here]), frame, step
+        if (kind := _kind(arguments)) not in sizes:
+            sizes[kind] = _beside(_block.lower(decoder, *arguments))
+        x, layers[here] = jax.eval_shape(partial(_block, decoder), *arguments)
+    sizes["head"] = _beside(_head.lower(decoder, ends, x, frame, step, tokens.shape[1]))
+    known = [size for size in sizes.values() if size is not None]
+    return max(known) if len(known) == len(sizes) else None
+
+
+def _beside(lowered: jax.stages.Lowered) -> int | None:
+    """Scratch and fresh results of a program, bytes."""
+    memory = lowered.compile().memory_analysis()
+    return None if memory is None else memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
