@@ -184,8 +184,8 @@ class Pool:
 
     Attributes:
       score, loss: of a task that is scored: the score, and what it lacks of the full cache's.
-      nll, nll_more, kld, same: of a task that is fed: nats per token, what they are more than the full cache's, KLD to it
-        in nats, share of steps with the same likeliest token.
+      nll, nll_more, kld, same: of a task that is fed: nats per token, what they are more than the full cache's, KLD to
+        it in nats, share of steps with the same likeliest token.
     """
 
     examples: int
@@ -318,7 +318,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def plot(pooled: dict[Key, Pool]) -> Figure | None:
-    """Scores with intervals: a panel a length and way of asking, a group a task that passes the gate, a bar a strategy."""
+    """Scores with intervals: a panel a length and way of asking, a group a task past the gate, a bar a strategy."""
     ranked = {
         key: pool
         for key, pool in pooled.items()

@@ -1,7 +1,7 @@
 """Strategies asked: tasks put to one model under several strategies, every prompt prefilled once for all of them.
 
-What a strategy loses is told by the same examples under the full cache: differences are paired, and where the full cache itself fails on
-more than half of a task (`GATE`) there is nothing to lose, so strategies are not ranked there.
+What a strategy loses is told by the same examples under the full cache: differences are paired, and where the full
+cache itself fails on more than half of a task (`GATE`) there is nothing to lose, so strategies are not ranked there.
 """
 
 import dataclasses
@@ -42,7 +42,8 @@ class Answers:
       scores: per example, the mean over its questions, 0 to 1; None where nothing is scored.
       written: per example and question, what the model wrote; empty for a task that is fed.
       comparison: against the full cache on what was fed; None for a task that is not fed.
-      nll: per example, the mean negative log-likelihood of what was fed, in nats per token; None for a task that is not fed.
+      nll: per example, the mean negative log-likelihood of what was fed, in nats per token; None for a task that is not
+        fed.
     """
 
     strategy: str
@@ -104,18 +105,19 @@ def ask(
     read.
 
     Args:
-      contenders: strategies, at least one, each with the model as it needs it (kvjax.calibrated); the same model but for
-        the guide.
+      contenders: strategies, at least one, each with the model as it needs it (kvjax.calibrated); the same model but
+        for the guide.
       length: tokens of a prompt, question and chat template included.
       count: examples; a user's file gives its first ones.
-      query: `before` and the question is part of the prompt when it is compressed; `after` and it is fed to the compressed
-        cache of the context, by decode.
+      query: `before` and the question is part of the prompt when it is compressed; `after` and it is fed to the
+        compressed cache of the context, by decode.
       batch_size: prompts at a time.
       chat_template: applied where the model has one.
 
     Raises:
       SpecError: a strategy twice, or a way of asking that the task does not know.
-      InputError: a length too short for the task or too long for the model, or a tokenizer that is of no use to the task.
+      InputError: a length too short for the task or too long for the model, or a tokenizer that is of no use to the
+        task.
     """
     model = contenders[0][0]
     names = [as_strategy(strategy).describe() for _, strategy in contenders]
@@ -277,7 +279,7 @@ def _with_last(turns: Sequence[tuple]) -> Iterator[tuple[tuple, bool]]:
 def _write(
     model: Model, strategy: Strategy, logits: Float[Array, "B V"], kv: KVState, turn: tuple[np.ndarray, np.ndarray], room: int, last: bool
 ) -> list[list[int]]:
-    """Feeds a question to every row and lets it answer; the state is given away at the `last` question, and copied before."""
+    """Feeds a question to every row and lets it answer; the state is given away at the `last` one, copied before."""
     fed, counts = turn
     stops = tuple(int(token) for token in model.config.stop_tokens)
     rows = _Rows(_likeliest(logits), jax.device_put(np.full(len(counts), room, np.int32), model.placement))
@@ -377,9 +379,9 @@ def _share_right(example: Example, guessed: Int[np.ndarray, " T"]) -> float:
 def records(outcome: Outcome) -> list[dict[str, Any]]:
     """What each strategy made of a task, as flat records: the keys begin with `task_` or `fidelity_`.
 
-    `task_score` is 0 to 1; differences are paired by example, to the full cache (`task_loss`, positive where the strategy is worse) and
-    to the first strategy (`task_gain_over_first`), with 95 % intervals (`_low`, `_high`). `task_ranked` says whether the full cache passed
-    the gate.
+    `task_score` is 0 to 1; differences are paired by example, to the full cache (`task_loss`, positive where the
+    strategy is worse) and to the first strategy (`task_gain_over_first`), with 95 % intervals (`_low`, `_high`).
+    `task_ranked` says whether the full cache passed the gate.
     """
     first = outcome.answers[0]
     common = {

@@ -32,7 +32,10 @@ def define_flags() -> None:
 
 
 def check_flags() -> list[Task]:
-    """The tasks that are asked for, none without --task. Raises SpecError for a flag that would have no effect, and as `parse_tasks`."""
+    """The tasks that are asked for, none without --task.
+
+    Raises SpecError for a flag that would have no effect, and as `parse_tasks`.
+    """
     if FLAGS.task is None:
         if idle := [name for name in NAMES if FLAGS[name].present]:
             raise SpecError(f"--{idle[0]} needs a task; add one, for example --task=niah_single")
@@ -70,7 +73,8 @@ def ask(
 ) -> list[dict[str, Any]]:
     """Puts every task in every way the flags say.
 
-    Returns by strategy what goes into its record: `tasks`, a list of the records of kvjax.quality.asked; nothing without tasks.
+    Returns by strategy what goes into its record: `tasks`, a list of the records of kvjax.quality.asked; nothing
+    without tasks.
     """
     for task in tasks:  # what is wrong with any of them is said first
         asked.prompts(contenders[0][0], task, length, count, FLAGS.seed, FLAGS.chat_template)

@@ -18,7 +18,10 @@ _DOTS = 0.3  # share of places where dots stand instead of a word
 
 @dataclasses.dataclass(frozen=True)
 class FrequentWords(Task):
-    """`alpha`: word number k comes with a probability in proportion to k ** -alpha. `asked`: how many words are asked for."""
+    """`alpha`: word number k comes with a probability in proportion to k ** -alpha.
+
+    `asked`: how many words are asked for.
+    """
 
     name: ClassVar[str] = "fwe"
     alpha: float = 2.0
