@@ -13,7 +13,7 @@ from kvjax.models import load_model
 from kvjax.quality import asked, fidelity
 from kvjax.quality.tasks import Frame, parse_task
 
-STRATEGIES = ["h2o(heavy=0.1,recent=0.1)", "oracle_topk(k=0.1)", "full"]
+STRATEGIES = ["h2o(heavy=0.1,recent=0.1)", "full"]
 
 
 def under(model, *strategies):
@@ -45,38 +45,43 @@ def written_apart(model, strategy, context, query, room):
     return model.tokenizer.decode(out)
 
 
-@pytest.mark.parametrize(("query", "stringing"), [("before", "calls"), ("after", "unroll")])
-def test_equals_separate_passes(model, query, stringing):
-    model = dataclasses.replace(model, stringing=stringing)
+def test_equals_separate_passes(model):
+    model = dataclasses.replace(model, stringing="calls")
     task = parse_task("kv(turns=2,pairs=0,digits=3)")
-    outcome = asked.ask(under(model, *STRATEGIES), task, length=300, count=3, query=query, batch_size=2, seed=5)
-    examples = task.examples(Frame.of(model.tokenizer), 300, 3, seed=5)
+    outcome = asked.ask(under(model, *STRATEGIES), task, length=200, count=3, query="after", batch_size=2, seed=5)
+    examples = task.examples(Frame.of(model.tokenizer), 200, 3, seed=5)
     some = set()
     for spec, answers in zip(STRATEGIES, outcome.answers, strict=True):
         for one, written in zip(examples, answers.written, strict=True):
-            assert len(written) == (1 if query == "before" else 2)
-            for turn, text in zip(one.turns, written, strict=False):
-                context, rest = (one.prompt(), []) if query == "before" else (one.context, turn.query)
-                assert text == written_apart(model, spec, context, rest, turn.max_new), spec
+            assert len(written) == 2
+            for turn, text in zip(one.turns, written, strict=True):
+                assert text == written_apart(model, spec, one.context, turn.query, turn.max_new), spec
                 some.add(text)
-    assert len(some) > 4, "strategies and examples differ"
+    assert len(some) > 6, "strategies, examples and questions differ"
     assert outcome.full.written == outcome.answers[-1].written
-    assert (outcome.length, outcome.query, outcome.templated) == (300, query, False)
+    assert (outcome.length, outcome.query, outcome.templated) == (200, "after", False)
 
 
-def test_questions_of_several_lengths_are_as_if_alone(model, tmp_path):
+@pytest.mark.parametrize("query", ["before", "after"])
+def test_rows_of_several_lengths_are_as_if_alone(model, tmp_path, query):
     rows = [
-        {"context": "The cat sat on the mat. " * count, "question": "\nWho sat" + "?" * count, "answers": ["cat"], "max_tokens": 7}
-        for count in (1, 6, 3)
+        {"context": "The cat sat on the mat. " * count, "question": "\nWho sat" + "?" * count, "answers": ["x"], "max_tokens": 7}
+        for count in (1, 3)
     ]
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     task = parse_task(str(path))
-    strategies = ["h2o(heavy=8,recent=8)"]
-    outcome = asked.ask(under(model, *strategies), task, length=0, count=3, query="after", batch_size=3)
-    for spec, answers in zip(strategies, outcome.answers, strict=True):
-        for one, (text,) in zip(task.examples(Frame.of(model.tokenizer), 0, 3, 0), answers.written, strict=True):
-            assert text == written_apart(model, spec, one.context, one.turns[0].query, 7)
+    spec = "h2o(heavy=8,recent=8)"
+    outcome = asked.ask(under(model, spec), task, length=0, count=2, query=query, batch_size=2)
+    texts = [text for (text,) in outcome.answers[0].written]
+    for one, text in zip(task.examples(Frame.of(model.tokenizer), 0, 2, 0), texts, strict=True):
+        context, fed = (one.prompt(), []) if query == "before" else (one.context, one.turns[0].query)
+        assert text == written_apart(model, spec, context, fed, 7)
+    assert len(set(texts)) == 2
+
+
+def test_prompts_in_one_piece_cannot_be_asked_after(model, tmp_path):
+    path = tmp_path / "mine.jsonl"
     path.write_text('{"prompt": "one piece", "answers": ["x"]}')
     with pytest.raises(SpecError, match="prompts in one piece"):
         asked.ask(under(model, "full"), parse_task(str(path)), length=0, count=1, query="after")
