@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -31,6 +32,9 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, e
 PLAINER = {"±": "+-", "∞": "inf", "…": "...", "μ": "u", "µ": "u", "–": "-", "·": "*", "×": "x"}
 """What stands for a sign that a stream cannot show; for others a question mark."""
 
+AGAIN = 0.01
+"""Seconds."""
+
 _received: list[int] = []
 """Signals that the program has got."""
 
@@ -41,6 +45,7 @@ def start(main: Callable[[list[str]], Any]) -> NoReturn:
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, _interrupt)
+    sys.unraisablehook = _unraisable
     code: Any = 0
     try:
         with answered():
@@ -149,3 +154,13 @@ codecs.register_error(_PLAINER_ERRORS, _plainer)
 def _interrupt(signum: int, frame: Any) -> NoReturn:
     _received.append(signum)
     raise KeyboardInterrupt
+
+
+def _unraisable(problem: Any) -> None:
+    """An interrupt that came while the garbage was collected, where nothing can be raised, comes again a little later."""
+    if not issubclass(problem.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(problem)
+        return
+    again = threading.Timer(AGAIN, os.kill, (os.getpid(), _received[-1] if _received else signal.SIGINT))
+    again.daemon = True
+    again.start()
