@@ -1,67 +1,20 @@
-"""The tokenizer inside a GGUF file: byte-level BPE, with the pre-tokenizer that `tokenizer.ggml.pre` names."""
+"""The tokenizer inside a GGUF file: byte-level BPE or SentencePiece, with special tokens and the chat template."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, processors
 
 from kvjax.models.chat import ChatTemplate
+from kvjax.models.gguf_byte_level import PRE, WHOLE_WORDS, byte_level
 from kvjax.models.gguf_file import GgufFile
+from kvjax.models.gguf_sentencepiece import sentencepiece
 from kvjax.models.tokenizer import LibraryTokenizer
 
-_CONTROL, _USER_DEFINED = 3, 4  # of the token types; the others are ordinary, unused or single bytes
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LINES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def _split(*patterns: str) -> pre_tokenizers.PreTokenizer:
-    """Pieces at every match of each pattern in turn, then bytes."""
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
-    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def _words(digits: str) -> str:
-    """Words with the character before them, numbers, runs of signs up to the end of the line, space."""
-    return rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_LINES}"
-
-
-def _gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _digits_then_gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
-
-
-def _tekken() -> pre_tokenizers.PreTokenizer:
-    upper, lower, before = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[^\r\n\p{L}\p{N}]?"
-    words = f"{before}{upper}*{lower}+|{before}{upper}+{lower}*"
-    return _split(rf"{words}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_LINES}")
-
-
-def _default() -> pre_tokenizers.PreTokenizer:
-    gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-    return _split(r"[\p{P}\$\+<=>\^~\|]+", gpt2, r"\p{N}+", "[0-9][0-9][0-9]")
-
-
-def _llama3() -> pre_tokenizers.PreTokenizer:
-    return _split(_words(r"\p{N}{1,3}"))
-
-
-def _qwen2() -> pre_tokenizers.PreTokenizer:
-    return _split(_words(r"\p{N}"))
-
-
-_PRE: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "smollm": _digits_then_gpt2, "starcoder": _digits_then_gpt2, "gpt-2": _gpt2, "llama-bpe": _llama3, "llama3": _llama3,
-    "llama-v3": _llama3, "smaug-bpe": _llama3, "qwen2": _qwen2, "tekken": _tekken, "default": _default,
-}  # fmt: skip
-"""What the names mean, as llama.cpp and the tokenizers that they were taken from have it."""
-_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
-"""A word of the vocabulary is one token there, whether merges lead to it or not; and unless metadata deny it, a token begins every text."""
-_COMPOSED = ("qwen2",)
-"""Text is brought to normal form C first."""
+_ORDINARY, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+"""Types of tokens; others are unused ones and single bytes."""
+_KINDS = {"gpt2": "byte-level BPE", "llama": "SentencePiece"}
 
 
 def control_tokens(file: GgufFile) -> dict[str, int]:
@@ -79,47 +32,64 @@ def tokenizer(file: GgufFile) -> LibraryTokenizer | None:
     kind = file.metadata.get("tokenizer.ggml.model", "none")
     if kind in ("none", "no_vocab"):
         return None
-    if kind != "gpt2":
-        name = " (SentencePiece)" if kind == "llama" else ""
-        raise file.error(f"tokenizer {kind!r}{name} is not supported; supported: 'gpt2' (byte-level BPE)")
-    pre = file.metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in tuple(_PRE):
-        raise file.error(f"pre-tokenizer {pre!r} is not supported; supported: {', '.join(_PRE)}")
+    if kind not in tuple(_KINDS):
+        supported = ", ".join(f"{name!r} ({what})" for name, what in _KINDS.items())
+        raise file.error(f"tokenizer {kind!r} is not supported; supported: {supported}")
     tokens, types = _tokens(file)
     vocabulary: dict[str, int] = {}
     for index, token in enumerate(tokens):
         vocabulary.setdefault(token, index)
-    merges = [_merge(file, merge, vocabulary) for merge in _list(file, "tokenizer.ggml.merges", str)]
-    made = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS))
-    if pre in _COMPOSED:
-        made.normalizer = normalizers.NFC()
-    made.pre_tokenizer = _PRE[pre]()
-    made.decoder = decoders.ByteLevel()
-    made.add_tokens(_added(vocabulary, tokens, types, _USER_DEFINED, special=False))
-    made.add_special_tokens(_added(vocabulary, tokens, types, _CONTROL, special=True))
+    made = _byte_level(file, vocabulary) if kind == "gpt2" else _sentencepiece(file, vocabulary, tokens, types)
+    made.add_tokens(_added(vocabulary, tokens, types, (_USER_DEFINED,), special=False))
+    made.add_special_tokens(_added(vocabulary, tokens, types, (_CONTROL, _UNKNOWN), special=True))
     bos, eos = _special(file, tokens, "bos"), _special(file, tokens, "eos")
-    around = _around(file, pre, bos, eos)
-    if around is not None:
-        made.post_processor = around
+    begins = kind == "llama" or file.metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS
+    before = bos if file.metadata.get("tokenizer.ggml.add_bos_token", begins) else None
+    after = eos if file.metadata.get("tokenizer.ggml.add_eos_token", False) else None
+    if before is not None or after is not None:
+        made.post_processor = _around(before, after)
     return LibraryTokenizer(made, _template(file, bos, eos))
 
 
-def _added(vocabulary: Mapping[str, int], tokens: list[str], types: list[int], kind: int, special: bool) -> list[AddedToken]:
+def _byte_level(file: GgufFile, vocabulary: Mapping[str, int]) -> Tokenizer:
+    pre = file.metadata.get("tokenizer.ggml.pre", "default")
+    if pre not in tuple(PRE):
+        raise file.error(f"pre-tokenizer {pre!r} is not supported; supported: {', '.join(PRE)}")
+    merges = [_merge(file, merge, vocabulary) for merge in _list(file, "tokenizer.ggml.merges", str)]
+    return byte_level(vocabulary, merges, pre)
+
+
+def _sentencepiece(file: GgufFile, vocabulary: Mapping[str, int], tokens: list[str], types: list[int]) -> Tokenizer:
+    if file.metadata.get("tokenizer.ggml.precompiled_charsmap"):
+        raise file.error("a SentencePiece tokenizer with a table of normalisations (precompiled_charsmap) is not supported")
+    if file.metadata.get("tokenizer.ggml.remove_extra_whitespaces"):
+        raise file.error("a SentencePiece tokenizer that removes spaces (remove_extra_whitespaces) is not supported")
+    scores = _list(file, "tokenizer.ggml.scores", float)
+    if len(scores) != len(tokens):
+        raise file.error(f"the tokenizer has {len(tokens)} tokens, but {len(scores)} scores")
+    if not all(math.isfinite(score) for score in scores):
+        raise file.error("the scores of the tokenizer must be finite numbers")
+    ordinary = [kind in (_ORDINARY, _USER_DEFINED) for kind in types]
+    unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
+    prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
+    return sentencepiece(vocabulary, scores, ordinary, unknown, prefix)
+
+
+def _added(vocabulary: Mapping[str, int], tokens: list[str], types: list[int], kinds: tuple[int, ...], special: bool) -> list[AddedToken]:
     return [
         AddedToken(token, special=special, normalized=False)
         for index, token in enumerate(tokens)
-        if types[index] == kind and token and vocabulary[token] == index
+        if types[index] in kinds and token and vocabulary[token] == index
     ]
 
 
-def _around(file: GgufFile, pre: str, bos: tuple[str, int] | None, eos: tuple[str, int] | None) -> Any:
-    """What puts tokens before and after every text; None for none."""
-    before = bos if file.metadata.get("tokenizer.ggml.add_bos_token", pre in _WHOLE_WORDS) else None
-    after = eos if file.metadata.get("tokenizer.ggml.add_eos_token", False) else None
-    if before is None and after is None:
-        return None
-    parts = [*([] if before is None else [before[0]]), "$A", *([] if after is None else [after[0]])]
-    return processors.TemplateProcessing(single=parts, special_tokens=list({token for token in (before, after) if token is not None}))
+def _around(before: tuple[str, int] | None, after: tuple[str, int] | None) -> processors.TemplateProcessing:
+    """What puts tokens before and after every text."""
+    named = [(name, token) for name, token in (("bos", before), ("eos", after)) if token is not None]
+    parts = [*(["bos"] if before else []), "$A", *(["eos"] if after else [])]
+    return processors.TemplateProcessing(
+        single=parts, special_tokens=[{"id": name, "ids": [index], "tokens": [text]} for name, (text, index) in named]
+    )
 
 
 def _special(file: GgufFile, tokens: list[str], name: str) -> tuple[str, int] | None:

@@ -161,6 +161,7 @@ def test_licence_of_the_metadata(tmp_path):
 
 
 L = "llama."
+PIECES = {"ggml.model": "llama", "ggml.tokens": ["a"], "ggml.scores": [0.0]}
 REFUSED = [
     (Spec(metadata={L + "expert_count": 8}), r"llama\.expert_count=8 is not supported; supported: 0"),
     (Spec(metadata={L + "attention.sliding_window": 128}), "a sliding window of 128 tokens, less than the context of 512"),
@@ -191,7 +192,10 @@ REFUSED = [
     (Spec(qk_norm=True), "tensor 'blk.0.attn_q_norm.weight' and 3 more has no place"),
     (Spec("qwen2", bias=False), "tensor 'blk.0.attn_k.bias' is missing"),
     (Spec("qwen3", qk_norm=False), "tensor 'blk.0.attn_k_norm.weight' is missing"),
-    (Spec(tokenizer={"ggml.model": "llama", "ggml.tokens": ["a"]}), r"tokenizer 'llama' \(SentencePiece\) is not supported"),
+    (Spec(tokenizer={"ggml.model": "llama", "ggml.tokens": ["a"]}), "the tokenizer has 1 tokens, but 0 scores"),
+    (Spec(tokenizer=PIECES | {"ggml.scores": [float("nan")]}), "the scores of the tokenizer must be finite numbers"),
+    (Spec(tokenizer=PIECES | {"ggml.precompiled_charsmap": [1, 2]}), "a table of normalisations .* is not supported"),
+    (Spec(tokenizer=PIECES | {"ggml.remove_extra_whitespaces": True}), "that removes spaces .* is not supported"),
     (Spec(tokenizer={"ggml.model": "bert", "ggml.tokens": ["a"]}), "tokenizer 'bert' is not supported"),
     (Spec(tokenizer=byte_tokenizer("jina-v2-code")), "pre-tokenizer 'jina-v2-code' is not supported; supported: smollm, "),
     (Spec(tokenizer=byte_tokenizer(**{"ggml.merges": ["a b"]})), "the merge 'a b' of the tokenizer is not of two tokens"),

@@ -264,6 +264,33 @@ def test_template_of_a_file():
     assert tokenizer.encode_chat([{"role": "user", "content": "ab"}]) == [257, 256, 258]
 
 
+@pytest.fixture(scope="module")
+def pieces():
+    return json.loads((FIXTURE / "sentencepiece.json").read_text())
+
+
+def sentencepiece(pieces, **changes):
+    return of_metadata(**{f"ggml__{key}": value for key, value in pieces["metadata"].items()} | changes)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_ids_are_those_of_llama_cpp(pieces, prefix):
+    tokenizer = sentencepiece(pieces, ggml__add_space_prefix=prefix)
+    ids = pieces["ids"][str(prefix)]
+    assert [text for text, expected in zip(pieces["texts"], ids, strict=True) if tokenizer.encode(text) != expected] == []
+    kinds = {pieces["metadata"]["token_type"][index] for row in ids for index in row}
+    assert kinds >= {1, 2, 3, 6}  # pieces, the unknown one and special tokens written out, bytes
+    assert pieces["ids"]["True"] != pieces["ids"]["False"]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_and_back(pieces, prefix):
+    tokenizer = sentencepiece(pieces, ggml__add_space_prefix=prefix)
+    for text in pieces["texts"]:
+        if "<s>" not in text:
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_a_file_without_a_tokenizer():
     assert of_metadata() is None
     assert of_metadata(ggml__model="no_vocab") is None
