@@ -40,7 +40,12 @@ _received: list[int] = []
 
 
 def start(main: Callable[[list[str]], Any]) -> NoReturn:
-    """Runs a program: `main` with the arguments that are no flags. Ends the process."""
+    """Runs a program that has flags: `main` with the arguments that are none. Ends the process."""
+    end_well(lambda: app.run(main, flags_parser=parse_flags))
+
+
+def end_well(program: Callable[[], Any]) -> NoReturn:
+    """Runs a program, and ends the process as this module says."""
     steady_streams()
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:
@@ -49,7 +54,7 @@ def start(main: Callable[[list[str]], Any]) -> NoReturn:
     code: Any = 0
     try:
         with answered():
-            app.run(main, flags_parser=parse_flags)
+            program()
     except SystemExit as ended:
         code = ended.code
     with answered(quietly=True):
