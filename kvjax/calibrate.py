@@ -44,7 +44,7 @@ from kvjax import compilation
 from kvjax.cache import Strategy
 from kvjax.cache.attention import prompt_attention
 from kvjax.command import answered, start
-from kvjax.errors import InputError, ModelError, SpecError
+from kvjax.errors import InputError, ModelError, NotFiniteError, SpecError
 from kvjax.models import Decoder, Model, ModelConfig, load_model
 from kvjax.models.checkpoint import MARKER_FILE
 from kvjax.models.decoder import Attention, Block
@@ -174,6 +174,8 @@ def calibrate(model: Model, tokens: Int[Array | np.ndarray, "B S"] | None = None
         for name, value in zip(_ARRAYS, values, strict=True):
             found[name].append(value)
     arrays = {name: np.stack(values) for name, values in found.items()}
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise NotFiniteError(f"{config.name} in {model.dtype}: queries and keys of the sample are not finite; nothing follows from them")
     return Calibration(config.name, _fingerprint(model), rows.size, **arrays)
 
 
