@@ -126,6 +126,24 @@ def test_another_file_under_the_name_is_not_overwritten(world, tmp_path):
     assert (tmp_path / "home" / "models" / "tiny.gguf").read_bytes() == b"mine"
 
 
+def test_interrupted_while_downloading(world, tmp_path, monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def keep(command, **options):
+        started.append(popen(command, **options))
+        return started[-1]
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", keep)
+    with pytest.raises(KeyboardInterrupt):
+        public.fetch(world, interrupt)
+    assert [process.poll() is not None for process in started] == [True]  # pip does not go on alone
+    assert kept(tmp_path / "home") == set()
+    assert public.fetch(world).read_bytes() == WEIGHTS
+
+
 def test_interrupted_while_unpacking(world, tmp_path):
     def interrupt(what: str, done: int, total: int) -> None:
         if what.startswith("unpacking"):

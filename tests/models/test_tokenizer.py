@@ -114,6 +114,20 @@ def test_half_of_a_surrogate_pair_is_no_text(directory, half):
             tokenizer.encode(3)
 
 
+def test_a_text_that_the_tokenizer_cannot_take(directory):
+    tokenizer = directory(model={"type": "WordLevel", "vocab": {"[BOS]": 100, "[EOS]": 101}, "unk_token": "gone"})
+    with pytest.raises(InputError, match=r"the tokenizer of this model cannot encode the text: .*UNK"):
+        tokenizer.encode("w1")
+
+
+@pytest.mark.parametrize("merges", [[["a", "b"]], [["a", "c"]], "a"])
+def test_a_broken_tokenizer_file(directory, merges):
+    """Some of them make the library panic."""
+    with pytest.raises(ModelError, match=r"tokenizer\.json is not a readable tokenizer\.json: ") as error:
+        directory(model={"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": merges}, post_processor=None, added_tokens=[])
+    assert "\n" not in str(error.value)
+
+
 def test_ids_that_no_token_has(directory):
     for tokenizer in (ByteTokenizer(), directory()):
         with pytest.raises(InputError, match="token ids are"):
