@@ -18,13 +18,14 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from absl import app, flags, logging
+from absl import flags, logging
 from rich.console import Console
 
 from experiments.claims import BUDGET, CLAIMS, Claim, Evidence, Finding
 from kvjax.advise import OutsideData, advise, recommendations, usual_needs
-from kvjax.command import fail, parse_flags
+from kvjax.command import Printer, answered, start
 from kvjax.errors import KvjaxError, SpecError
+from kvjax.files import replace
 from kvjax.models.config import preset
 from kvjax.report.cells import Record, budget_of, name_of, points, read_results, setting_of
 from kvjax.report.statistics import explain, regret, step_weight_bytes
@@ -46,9 +47,7 @@ def write(directory: pathlib.Path) -> pathlib.Path:
     """Writes STUDY.md from the records under a results directory. Raises InputError where there are none."""
     records = read_results(directory)
     path = directory / "STUDY.md"
-    part = path.with_suffix(".part")
-    part.write_text(document(records, abouts(directory), directory))
-    part.replace(path)
+    replace(path, document(records, abouts(directory), directory))
     return path
 
 
@@ -57,7 +56,7 @@ def abouts(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
     found = {}
     for file in sorted(directory.glob("*/about.json")):
         try:
-            found[file.parent.name] = json.loads(file.read_text())
+            found[file.parent.name] = json.loads(file.read_text("utf-8"))
         except json.JSONDecodeError:
             raise SpecError(f"{file} is not JSON; run its experiment again, it is written anew") from None
     return found
@@ -270,14 +269,10 @@ def run(console: Console) -> bool:
 
 
 def main(argv: list[str]) -> None:
-    try:
+    with answered():
         if len(argv) > 1:
             raise SpecError(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
-        whole = run(Console(width=None if sys.stdout.isatty() else 160))
-    except KvjaxError as error:
-        fail(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        whole = run(Printer(160))
     if not whole:
         sys.exit(FAILED)
 
@@ -285,4 +280,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     define_flags()
     logging.set_verbosity(logging.WARNING)
-    app.run(main, flags_parser=parse_flags)
+    start(main)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvjax.cache import DenseStore, HostStore, PagedStore, Policy, Slots, Strategy, parse_strategy
 from kvjax.engine.engine import Engine
-from kvjax.errors import InputError, KvjaxError, ModelError, SpecError
+from kvjax.errors import InputError, KvjaxError, ModelError, NotFiniteError, SpecError
 from kvjax.generation import Generation, PrefillPlan, generate, score, stream
 from kvjax.models import Model, load_model
 from kvjax.sampling import Sampling
@@ -30,7 +30,7 @@ def __getattr__(name: str):
 
 
 __all__ = [
-    "DenseStore", "Engine", "Generation", "HostStore", "InputError", "KvjaxError", "Model", "ModelError", "PagedStore", "Policy",
-    "PrefillPlan", "Sampling", "Slots", "SpecError", "Strategy", "calibrated", "generate", "load_model", "parse_strategy",
+    "DenseStore", "Engine", "Generation", "HostStore", "InputError", "KvjaxError", "Model", "ModelError", "NotFiniteError", "PagedStore",
+    "Policy", "PrefillPlan", "Sampling", "Slots", "SpecError", "Strategy", "calibrated", "generate", "load_model", "parse_strategy",
     "score", "stream",
 ]  # fmt: skip

@@ -28,17 +28,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import app, flags, logging
+from absl import flags, logging
 from jaxtyping import Array, Float, Int
 
+from kvjax import compilation
 from kvjax.cache import Strategy
 from kvjax.cache.attention import prompt_attention
-from kvjax.command import fail, parse_flags
-from kvjax.errors import InputError, KvjaxError, ModelError, SpecError
+from kvjax.command import answered, start
+from kvjax.errors import InputError, ModelError, SpecError
 from kvjax.models import Decoder, Model, ModelConfig, load_model
 from kvjax.models.checkpoint import MARKER_FILE
 from kvjax.models.guide import Guide, QueryGuide
 from kvjax.quality import recall
+from kvjax.runtime.forward import forward
 
 FLAGS = flags.FLAGS
 SAMPLE_TOKENS = 1024
@@ -75,26 +77,37 @@ class Calibration:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Captured:
+    """The queries and keys of every layer; None of layers that have not been computed yet."""
+
+    layers: tuple[tuple[Float[Array, "B S H D"], Float[Array, "B S Hkv D"]] | None, ...]
+
+    def over(self, layers: tuple) -> "Captured":
+        return Captured(tuple(layers))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Capture:
-    """A step (kvjax.models.decoder.Step): whole rows without a cache. The KV state is a tuple with (q, k) of every layer so far."""
+    """A step (kvjax.models.decoder.Step): whole rows without a cache, whose queries and keys are the state."""
 
     token_positions: Int[Array, "B S"]
 
-    def positions(self, kv: tuple, num_tokens: int) -> Int[Array, "B S"]:
+    def positions(self, captured: Captured, num_tokens: int) -> Int[Array, "B S"]:
         return self.token_positions
 
-    def look_ahead(self, layer, queries, kv: tuple) -> tuple:
-        return kv
+    def look_ahead(self, layer: int, queries, captured: Captured) -> Captured:
+        return captured
 
-    def attend(self, layer, q, k, v, kv: tuple, guide=None):
+    def attend(self, layer: int, q, k, v, captured: Captured, guide=None):
         out, _ = prompt_attention(q, k, v, jnp.ones(q.shape[:2], bool))
-        return out, (*kv, (q, k))
+        return out, captured.over((*captured.layers[:layer], (q, k), *captured.layers[layer + 1 :]))
 
     def hidden(self, x: Float[Array, "B S M"]) -> Float[Array, "B 1 M"]:
         return x[:, -1:]
 
-    def finish(self, kv: tuple, num_tokens: int) -> tuple:
-        return kv
+    def finish(self, captured: Captured, num_tokens: int) -> Captured:
+        return captured
 
 
 def sample_tokens(model: Model, num_tokens: int = SAMPLE_TOKENS) -> Int[np.ndarray, "B S"]:
@@ -156,13 +169,17 @@ def _checked(model: Model, tokens: np.ndarray) -> Int[np.ndarray, "B S"]:
 
 def queries_and_keys(model: Model, tokens: Int[Array | np.ndarray, "B S"]) -> tuple[tuple[jax.Array, jax.Array], ...]:
     """Of every layer: q [B, S, H, D] and k [B, S, Hkv, D], as they meet in the product, in the model's dtype."""
-    step = Capture(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
-    return _captured(model.decoder, model.params, jnp.asarray(tokens), step)
+    rows: Any = jax.device_put(np.asarray(tokens, np.int32), model.placement)
+    step = Capture(jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape))
+    captured = Captured((None,) * model.config.num_layers)
+    if model.decoder.stringing == "calls":
+        return forward(model.decoder, model.params, rows, captured, step)[1].layers  # type: ignore[return-value]
+    return _captured(model.decoder, model.params, rows, captured, step)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder",))
-def _captured(decoder: Decoder, params: Any, tokens: Int[Array, "B S"], step: Capture):
-    return decoder.apply(params, tokens, (), step)[1]
+def _captured(decoder: Decoder, params: Any, tokens: Int[Array, "B S"], captured: Captured, step: Capture):
+    return forward(decoder, params, tokens, captured, step)[1].layers
 
 
 def _by_kv_head(x: Float[np.ndarray, "B S H D"], kv_heads: int) -> Float[np.ndarray, "Hkv N D"]:
@@ -400,6 +417,7 @@ def _fold(config: ModelConfig, params: dict[str, Any], skew: Float[np.ndarray, "
 
 def define_flags() -> None:
     """Called once, when this module is the program."""
+    compilation.define_flag()
     flags.DEFINE_string("model", "kvjax-4m", "A bundled model, a preset (with --random_weights), or a Hugging Face or orbax directory.")
     flags.DEFINE_string("output_dir", None, "The directory to write; it must not exist.", required=True)
     flags.DEFINE_integer("num_tokens", SAMPLE_TOKENS, "Tokens of the sample.", lower_bound=1)
@@ -409,6 +427,7 @@ def define_flags() -> None:
 
 def run() -> None:
     """Loads, calibrates, writes, prints."""
+    compilation.apply_flag()
     directory = _new_directory(FLAGS.output_dir)
     model = load_model(FLAGS.model, dtype=FLAGS.dtype, random_weights=FLAGS.random_weights)
     calibration = calibrate(model, sample_tokens(model, FLAGS.num_tokens))
@@ -426,15 +445,13 @@ def run() -> None:
 
 
 def main(argv: list[str]) -> None:
-    try:
+    with answered():
         if len(argv) > 1:
             raise SpecError(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
         run()
-    except KvjaxError as error:
-        fail(error)
 
 
 if __name__ == "__main__":
     define_flags()
     logging.set_verbosity(logging.WARNING)
-    app.run(main, flags_parser=parse_flags)
+    start(main)

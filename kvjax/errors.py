@@ -16,6 +16,10 @@ class ModelError(KvjaxError):
     """A checkpoint that cannot be loaded: unsupported, incomplete, of the wrong shape, or in an unsafe format."""
 
 
+class NotFiniteError(ModelError):
+    """Weights or logits that are infinite or no numbers, so that nothing that follows from them means anything."""
+
+
 class InputError(KvjaxError, ValueError):
     """Tokens, prompts or lengths that the model cannot take."""
 

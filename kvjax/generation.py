@@ -9,7 +9,7 @@ For example:
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -18,15 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax import host_driven
+from kvjax import checks, host_driven
 from kvjax.cache import CacheShape, Decode, KVState, LayerState, Ledger, Prefill, Stage, Strategy, ledger, parse_strategy, stage_for
-from kvjax.errors import InputError, SpecError
+from kvjax.errors import InputError, NotFiniteError, SpecError
 from kvjax.host_driven import is_driven
 from kvjax.kernels.dispatch import current_device
 from kvjax.models import Decoder, Model
 from kvjax.models.guide import Guide, guides
 from kvjax.runtime.forward import forward, scratch, warm
-from kvjax.sampling import Sampling
+from kvjax.sampling import NOT_FINITE, Sampling
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray
 PrefillMode = Literal["faithful", "bounded"]
@@ -47,7 +47,7 @@ class PrefillPlan:
     mode: PrefillMode = "faithful"
 
     def __post_init__(self):
-        if self.chunk is not None and self.chunk < 1:
+        if self.chunk is not None and checks.whole("prefill chunk", self.chunk, -checks.LARGEST) < 1:
             raise SpecError(f"prefill chunk of {self.chunk} tokens; give at least 1, or None for the whole prompt at once")
         if self.mode not in PREFILL_MODES:
             raise SpecError(f"unknown prefill mode {self.mode!r}; choose from {', '.join(PREFILL_MODES)}")
@@ -85,7 +85,7 @@ def generate(
     strategy: str | Strategy = "full",
     max_new_tokens: int = 64,
     sampling: Sampling = Sampling(),
-    seed: int = 0,
+    seed: int | Sequence[int] | np.ndarray = 0,
     stop_tokens: Sequence[int] | None = None,
     prefill: PrefillPlan = PrefillPlan(),
     steps_per_call: int = 16,
@@ -95,20 +95,24 @@ def generate(
     Args:
       prompts: texts, or token ids; rows may differ in length.
       strategy: a spec string such as `h2o(heavy=0.1,recent=0.1)`, or a Strategy of your own.
-      seed: row b samples with seed + b.
+      seed: row b samples with seed + b, or with entry b of several; whole numbers from 0 that fit 32 bits with a sign.
       stop_tokens: ids that end a row; None: the model's own.
       steps_per_call: decode steps per call of the compiled program; tokens become known that many at a time.
+
+    Lengths are rounded up (`bucket`), so that prompts of similar lengths share compiled programs: up to an eighth of the prompt more is
+    computed, and room allocated, than the longest row needs. What a row keeps and generates does not depend on it.
 
     Raises:
       SpecError: an unknown strategy or option.
       InputError: no prompts, an empty prompt, ids outside the vocabulary, or more tokens than the model has positions for.
+      NotFiniteError: logits that are infinite or no numbers: what is chosen from them means nothing.
     """
     began = time.perf_counter()
     strategy = as_strategy(strategy)
     parts, times = [], []
     for emitted in stream(
         model, prompts, strategy=strategy, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
-        stop_tokens=stop_tokens, prefill=prefill, steps_per_call=steps_per_call,
+        stop_tokens=stop_tokens, prefill=prefill, steps_per_call=steps_per_call, buckets=True,
     ):  # fmt: skip
         parts.append(emitted.tokens)
         times.append(time.perf_counter() - began)
@@ -124,31 +128,47 @@ def stream(
     strategy: str | Strategy = "full",
     max_new_tokens: int = 64,
     sampling: Sampling = Sampling(),
-    seed: int = 0,
+    seed: int | Sequence[int] | np.ndarray = 0,
     stop_tokens: Sequence[int] | None = None,
     prefill: PrefillPlan = PrefillPlan(),
     steps_per_call: int = 1,
     reserve: int = 0,
+    buckets: bool = False,
 ) -> Iterator[Emitted]:
     """Like `generate`, but yields tokens as they become known: first the prompt's next token, then `steps_per_call` at a time.
 
     Args (beyond those of `generate`):
       reserve: allocate room for at least this many new tokens, so that calls of different lengths share compiled programs.
+      buckets: round lengths up, as `generate` does; False: to the token.
 
     The state inside an Emitted is valid until the next one is asked for: the following call takes over its memory.
     """
     strategy = as_strategy(strategy)
-    if max_new_tokens < 1 or steps_per_call < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} and steps_per_call={steps_per_call} must both be at least 1")
+    max_new_tokens = checks.whole("max_new_tokens", max_new_tokens, 1, error=InputError)
+    steps_per_call = checks.whole("steps_per_call", steps_per_call, 1, error=InputError)
+    room = max(max_new_tokens, checks.whole("reserve", reserve, error=InputError))
     tokens, lengths = encode(model, prompts)
     check_positions(model, int(lengths.max()), max_new_tokens)
-    stops = tuple(int(t) for t in (model.config.stop_tokens if stop_tokens is None else stop_tokens))
-    seeds = jax.device_put((seed + np.arange(len(lengths))).astype(np.int32), model.placement)
+    stops = tuple(model.config.stop_tokens) if stop_tokens is None else checks.token_set("stop_tokens", stop_tokens)
+    seeds = checks.seeds(seed, len(lengths))
+    if buckets and prefill.chunk is None:
+        longest = min(bucket(tokens.shape[1]), model.config.max_position - room)
+        tokens = np.pad(tokens, ((0, 0), (0, longest - tokens.shape[1])))
+        room = min(bucket(room), model.config.max_position - longest)
+    return _stream(model, tokens, lengths, strategy, max_new_tokens, sampling, seeds, stops, prefill, steps_per_call, room)
 
-    logits, kv = run_prefill(model, strategy, tokens, lengths, max(max_new_tokens, reserve), prefill)
+
+def _stream(
+    model: Model, tokens: Int[np.ndarray, "B N"], lengths: Int[np.ndarray, " B"], strategy: Strategy, max_new_tokens: int,
+    sampling: Sampling, row_seeds: Int[np.ndarray, " B"], stops: tuple[int, ...], prefill: PrefillPlan, steps_per_call: int, room: int,
+) -> Iterator[Emitted]:  # fmt: skip
+    """`stream`, once its arguments are known to be good."""
+    seeds = jax.device_put(row_seeds, model.placement)
+
+    logits, kv = run_prefill(model, strategy, tokens, lengths, room, prefill)
     token = first_token(sampling, logits, seeds, kv.length)
     remaining = left_after(jax.device_put(np.full(token.shape, max_new_tokens, np.int32), model.placement), token, stops)
-    yield Emitted(np.asarray(token)[:, None], kv)
+    yield Emitted(_finite(model, strategy, np.asarray(token)[:, None], 0), kv)
     done = 1
     while done < max_new_tokens and bool(np.asarray(remaining).any()):
         steps = min(steps_per_call, max_new_tokens - done)
@@ -157,8 +177,20 @@ def stream(
         else:
             arguments = (model.params, kv, token, remaining, seeds, steps)
             kv, token, remaining, out = decode_steps(model.decoder, strategy, sampling, stops, steps_per_call, *arguments)
-        yield Emitted(np.asarray(out)[:, :steps], kv)
+        yield Emitted(_finite(model, strategy, np.asarray(out)[:, :steps], done), kv)
         done += steps
+
+
+def _finite(model: Model, strategy: Strategy, tokens: Int[np.ndarray, "B n"], before: int) -> Int[np.ndarray, "B n"]:
+    """Tokens that were all chosen from finite logits; `before`: how many went before them. Raises NotFiniteError."""
+    failed = np.argwhere(tokens == NOT_FINITE)
+    if len(failed):
+        row, step = failed[0]
+        raise NotFiniteError(
+            f"{model.config.name} in {model.dtype} under {strategy.describe()}: the logits of prompt {row} are not finite after "
+            f"{before + step} generated tokens; its weights are damaged, or too large for this dtype (float32 and bfloat16 reach further)"
+        )
+    return tokens
 
 
 def score(
@@ -178,8 +210,14 @@ def score(
       float32 logits [B, S - prompt_len + 1, V]: entry t predicts token prompt_len + t.
     """
     strategy = as_strategy(strategy)
-    token_ids = np.asarray(token_ids)
-    if token_ids.ndim != 2 or not 1 <= prompt_len <= token_ids.shape[1]:
+    prompt_len, reserve = checks.whole("prompt_len", prompt_len, error=InputError), checks.whole("reserve", reserve, error=InputError)
+    try:
+        token_ids = np.asarray(token_ids)
+    except ValueError:
+        raise InputError("token_ids has rows of different lengths; give [B, S]") from None
+    if not np.issubdtype(token_ids.dtype, np.integer):
+        raise InputError(f"token_ids are {token_ids.dtype}; give whole numbers")
+    if token_ids.ndim != 2 or not 1 <= prompt_len <= token_ids.shape[1] or not len(token_ids):
         raise InputError(f"token_ids of shape {token_ids.shape} with prompt_len={prompt_len}: give [B, S] with 1 <= prompt_len <= S")
     check_vocabulary(model, token_ids)
     batch, total = token_ids.shape
@@ -210,6 +248,12 @@ def feed(model: Model, strategy: Strategy, kv: KVState, token_ids: Int[Array, "B
     return jnp.concatenate(parts, axis=1) if parts else empty, kv
 
 
+def bucket(length: int) -> int:
+    """`length` rounded up: to a multiple of 16, and to one of eight steps between powers of two, so by less than an eighth from 128 on."""
+    step = max(16, 1 << max((length - 1).bit_length() - 4, 0))
+    return -(-length // step) * step
+
+
 def as_strategy(strategy: str | Strategy) -> Strategy:
     """The strategy that is meant, over the store that this machine's device computes with: where every entry point begins."""
     return (parse_strategy(strategy) if isinstance(strategy, str) else strategy).native(current_device())
@@ -217,17 +261,16 @@ def as_strategy(strategy: str | Strategy) -> Strategy:
 
 def encode(model: Model, prompts: Prompts) -> tuple[Int[np.ndarray, "B N"], Int[np.ndarray, " B"]]:
     """Right-padded token ids and the length of every row."""
-    if isinstance(prompts, str):
-        raise InputError("prompts is one string; give a list of prompts, for example [prompt]")
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) == 0:
+        one = "one string" if isinstance(prompts, str) else f"a {type(prompts).__name__}"
+        raise InputError(f"prompts is {one}; give a list of prompts, for example [prompt]")
     rows = []
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             if model.tokenizer is None:
                 raise InputError(f"model {model.config.name} has no tokenizer; give token ids instead of text")
-            prompt = model.tokenizer.encode(prompt)
-        row = np.asarray(prompt)
-        if row.ndim != 1 or row.size == 0 or not np.issubdtype(row.dtype, np.integer):
-            raise InputError(f"prompt {i} is not a non-empty list of token ids")
+            prompt = model.tokenizer.encode(checks.text(f"prompt {i}", prompt))
+        row = checks.token_ids(f"prompt {i}", prompt)
         check_vocabulary(model, row)
         rows.append(row)
     if not rows:
@@ -362,7 +405,9 @@ def commit(model: Model, staged: StagedPrompts, strategy: Strategy, max_new: int
     layers = tuple(dataclasses.replace(layer, score=layer.score[which]) for layer in staged.kv.layers)
     shape = cache_shape(model)
     empty = _allocated(model, strategy, staged.kv.length, staged.length, max_new)
-    return settle(strategy, staged.kv.over(layers), empty, guides(model.params, shape.num_layers))
+    length, prompt_length = jnp.copy(staged.kv.length), jnp.copy(staged.kv.prompt_length)  # its own: a state is donated
+    source = dataclasses.replace(staged.kv.over(layers), length=length, prompt_length=prompt_length)
+    return settle(strategy, source, empty, guides(model.params, shape.num_layers))
 
 
 def prefill(decoder: Decoder, params, tokens, kv: KVState, step: Prefill | Stage) -> tuple[Float[Array, "B V"], KVState]:
@@ -413,7 +458,7 @@ def first_token(sampling: Sampling, logits, seeds, positions) -> Int[Array, " B"
 def left_after(remaining: Int[Array, " B"], token: Int[Array, " B"], stops: tuple[int, ...]) -> Int[Array, " B"]:
     """Tokens a row still wants after it produced `token`."""
     stopped = jnp.isin(token, jnp.asarray(stops, jnp.int32)) if stops else jnp.zeros_like(token, bool)
-    return jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
+    return jnp.where(stopped | (token == NOT_FINITE), 0, jnp.maximum(remaining - 1, 0))
 
 
 def decode_steps(

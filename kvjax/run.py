@@ -25,31 +25,35 @@ The default model ships with kvjax. Its prompts state facts, put Python source b
 shows directly what a strategy forgets.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
 import pathlib
-import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvjax import calibrate
+from kvjax import calibrate, checks, compilation
 from kvjax.cache import STORES, HostStore, Strategy, parse_strategy, split_specs
 from kvjax.cache.stores import TRANSFERS
-from kvjax.command import fail, parse_flags
+from kvjax.command import Printer, answered, fail, notice, start
 from kvjax.engine import load, metrics, offline, serve
 from kvjax.engine.engine import Engine
-from kvjax.errors import InputError, KvjaxError, SpecError
+from kvjax.errors import InputError, SpecError
+from kvjax.files import plain
 from kvjax.generation import PREFILL_MODES, PrefillPlan, check_positions, generate
-from kvjax.models import Model, load_model, public
+from kvjax.interrupts import held
+from kvjax.lock import locked
+from kvjax.models import Model, load_model, parameters, public
 from kvjax.quality import recall
 from kvjax.quality.speculation import audit_some
 from kvjax.report import plots, profile, table
@@ -70,6 +74,7 @@ OFFLINE_ONLY = ("batch_size", "prefill_mode", "quality")
 
 def define_flags() -> None:
     """Called once, when this module is the program."""
+    compilation.define_flag()
     flags.DEFINE_string("strategy", "h2o", "The strategy to measure: a name, or a spec such as h2o(heavy=8,recent=8).")
     flags.DEFINE_string("compare", None, "Several strategies, separated by commas, side by side in one table; replaces --strategy.")
     flags.DEFINE_string("budget", None, "Tokens (an int) or fraction of the prompt (a float) each strategy may keep or read in total.")
@@ -120,8 +125,10 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("goodput", None, "Objectives in ms, all to be met: ttft:200,tpot:50 (also e2el).")
     flags.DEFINE_string(
-        "output_dir", None, "Write record.json, requests.jsonl, samples.txt (offline), series.jsonl (load) and a figure here."
-    )
+        "output_dir", None,
+        "Write record.json (with --compare: records.jsonl, a line a strategy), requests.jsonl, samples.txt (offline), series.jsonl (load) "
+        "and a figure here, in place of an earlier run's.",
+    )  # fmt: skip
     flags.DEFINE_string("profile_dir", None, "Write an XLA profiler trace of one batch per strategy here, and print time by scope.")
 
 
@@ -158,6 +165,8 @@ def writable(flag: str) -> pathlib.Path | None:
     value = FLAGS[flag].value
     if value is None:
         return None
+    if not value:
+        raise InputError(f"--{flag} names no directory; write for example --{flag}=runs/first")
     path = pathlib.Path(value)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -168,16 +177,53 @@ def writable(flag: str) -> pathlib.Path | None:
 
 
 def run(console: Console) -> None:
-    """Loads, measures, prints, writes."""
+    """Loads, measures, writes, prints."""
+    compilation.apply_flag()
     chosen = strategies()
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
-    output_dir, profile_dir = writable("output_dir"), writable("profile_dir")
     under_load = any(FLAGS[name].value is not None for name in LOAD_FLAGS)
     measure = run_load if under_load else run_offline
     check_flags(under_load)
-    model = load_model(FLAGS.model, dtype=FLAGS.dtype, random_weights=FLAGS.random_weights)
-    calibrations.clear()
-    measure(console, model, chosen, sampling, output_dir, profile_dir)
+    checks.seed("--seed", FLAGS.seed, FLAGS.num_prompts or 64)
+    output_dir, profile_dir = writable("output_dir"), writable("profile_dir")
+    with claimed(output_dir):
+        model = load_model(FLAGS.model, dtype=FLAGS.dtype, random_weights=FLAGS.random_weights)
+        parameters.check_finite(model.params, model.config.name)
+        calibrations.clear()
+        measure(console, model, chosen, sampling, output_dir, profile_dir)
+
+
+@contextlib.contextmanager
+def claimed(directory: pathlib.Path | None) -> Iterator[None]:
+    """Holds the directory of the results for this run, and says what it will replace. Raises InputError where another run is writing."""
+    if directory is None:
+        yield
+        return
+    with locked(directory):
+        if names := records.earlier(directory):
+            notice(f"{directory} has an earlier run's {', '.join(names)}: this run's will take their place")
+        yield
+
+
+def conclude(
+    console: Console, found: list[dict[str, Any]], asked: int, output_dir: pathlib.Path | None, problem: BaseException | None,
+    write: Callable[[pathlib.Path], list[str]], draw: Callable[[pathlib.Path], str],
+) -> None:  # fmt: skip
+    """Writes and shows the records of what is complete, files first, and raises the problem that ended the run, if one did."""
+    if found:
+        names: list[str] = []
+        if output_dir is not None:
+            with held():
+                names = [*write(output_dir), draw(output_dir)]
+        table.show(found, console)
+        if problem is not None:
+            console.print(
+                f"the run has ended early: {len(found)} of {asked} strategies have a record", style="bold yellow", highlight=False
+            )
+        if output_dir is not None:
+            console.print(f"wrote {', '.join(names[:-1])} and {names[-1]} to {output_dir}", highlight=False)
+    if problem is not None:
+        raise problem
 
 
 calibrations: list[calibrate.Calibration] = []
@@ -229,41 +275,56 @@ def run_load(
     options["request_rate"] = "inf" if math.isinf(requests.request_rate) else requests.request_rate
     options["burstiness"] = requests.burstiness if math.isfinite(requests.burstiness) else "inf"
     found: list[dict[str, Any]] = []
-    services = []
+    services: list[serve.Service] = []
+    problem: BaseException | None = None
+    try:
+        for strategy in chosen:
+            engine = engines.pop() if engines else make_engine(guided(model, strategy, console), strategy, sampling, requests.max_length)
+            service = serve_one(console, engine, requests)
+            with held():
+                services.append(service)
+                record = records.load_record(service, engine, model, requests, options, goodput, FLAGS.max_concurrency is not None)
+                found.append(plain(record))
+            if not service.complete:
+                note = f"interrupted: {service.record_note()}; its record is marked incomplete"
+                console.print(note, style="bold yellow", highlight=False)
+                raise KeyboardInterrupt
+            with console.status("judging guesses"):
+                found[-1] |= judged(service, engine)
+            if profile_dir is not None:
+                found[-1] |= profile_load(profile_dir, engine, requests, console)
+            del engine
+    except BaseException as error:  # whatever it is, what is complete is kept
+        problem = error
+
+    def write(directory: pathlib.Path) -> list[str]:
+        return records.write_load(directory, found, services, FLAGS.compare is not None)
+
+    def draw(directory: pathlib.Path) -> str:
+        plots.under_load(found, services, directory / "load.png")
+        return "load.png"
+
+    conclude(console, found, len(chosen), output_dir, problem, write, draw)
+    for record, service in zip(found, services, strict=True):
+        if not record["completed"]:
+            reason = next(one.reason for one in service.served)
+            fail(f"{record['strategy']}: none of the {len(service.served)} requests was completed; the first: {reason}", code=1)
+
+
+def serve_one(console: Console, engine: Engine, requests: load.Load) -> serve.Service:
+    """Serves the load on an engine that is cold."""
+    name = engine.strategy.describe()
     columns = (TextColumn("{task.description:<48}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
-    for strategy in chosen:
-        engine = engines.pop() if engines else make_engine(guided(model, strategy, console), strategy, sampling, requests.max_length)
-        name = strategy.describe()
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task(f"{name}: compiling", total=None)
-            lengths = [len(r.prompt) for r in requests.requests]
-            engine.warm_up(lengths, lambda what: progress.update(task, description=f"{name}: compiling {what}"))  # noqa: B023
-            progress.reset(task, total=len(requests.requests))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(f"{name}: compiling", total=None)
+        lengths = [len(r.prompt) for r in requests.requests]
+        engine.warm_up(lengths, lambda what: progress.update(task, description=f"{name}: compiling {what}"))
+        progress.reset(task, total=len(requests.requests))
 
-            def report(ended: int, running: int) -> None:
-                progress.update(task, completed=ended, description=f"{name}: serving {running}")  # noqa: B023
+        def report(ended: int, running: int) -> None:
+            progress.update(task, completed=ended, description=f"{name}: serving {running}")
 
-            service = serve.serve(engine, requests, max_concurrency=FLAGS.max_concurrency, progress=report)
-            progress.update(task, description=f"{name}: judging guesses")
-            guesses = judged(service, engine) if service.complete else {}
-        record = records.load_record(service, engine, model, requests, options, goodput, FLAGS.max_concurrency is not None)
-        found.append(record | guesses)
-        services.append(service)
-        if not service.complete:
-            break
-        if profile_dir is not None:
-            found[-1] |= profile_load(profile_dir, engine, requests, console)
-        del engine
-    table.show(found, console)
-    complete = all(service.complete for service in services)
-    if not complete:
-        console.print(f"interrupted: {services[-1].record_note()}; records are marked incomplete", style="bold yellow", highlight=False)
-    if output_dir is not None:
-        records.write_load(output_dir, found, services)
-        plots.under_load(found, services, output_dir / "load.png")
-        console.print(f"wrote record.json, requests.jsonl, series.jsonl and load.png to {output_dir}", highlight=False)
-    if not complete:
-        sys.exit(130)
+        return serve.serve(engine, requests, max_concurrency=FLAGS.max_concurrency, progress=report)
 
 
 def judged(service: serve.Service, engine: Engine) -> dict[str, Any]:
@@ -357,74 +418,79 @@ def run_offline(
 
     batches = offline.steps_of(workload, batch_size) - 1
     columns = (TextColumn("{task.description:<40}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
-    measured = []
-    guides = [guided(model, strategy, console) for strategy in chosen]
-    with Progress(*columns, console=console, transient=True) as progress:
-        judging = batches * (1 + len(chosen)) if FLAGS.quality else 0
-        task = progress.add_task("quality", total=judging + (1 + batches) * len(chosen))
-
-        def report(what: str, name: str) -> None:
-            progress.update(task, advance=1, description=f"{name}: {what}")
-
-        qualities = [offline.Quality()] * len(chosen)
-        if FLAGS.quality:
-            qualities = offline.judge(
-                list(zip(guides, chosen, strict=True)), workload, batch_size=batch_size, reserve=output_len, plan=plan, seed=FLAGS.seed,
-                progress=lambda what: report(what, "quality"),
-            )  # fmt: skip
-        for prepared, strategy, quality in zip(guides, chosen, qualities, strict=True):
-            name = strategy.describe()
-            progress.update(task, description=f"{name}: compiling")
-            measured.append(
-                offline.measure(
-                    prepared, strategy, workload, batch_size=batch_size, output_len=output_len, seed=FLAGS.seed, sampling=sampling,
-                    plan=plan, quality=quality, progress=functools.partial(report, name=name),
-                )
-            )  # fmt: skip
+    measured: list[offline.Measurement] = []
+    found: list[dict[str, Any]] = []
+    problem: BaseException | None = None
     options = {name: FLAGS[name].value for name in ("seed", "prefill_chunk", "prefill_mode")}
     options |= {name: FLAGS[name].value for name in ("calibration", "link_gbps")}
     options |= {"input_len": input_len, "output_len": output_len, "batch_size": batch_size, "random_weights": FLAGS.random_weights}
-    found = [records.record(m, model, workload, options) for m in measured]
-    if profile_dir is not None:
-        traced = profile_strategies(profile_dir, model, chosen, workload, batch_size, sampling, plan, console)
-        found = [record | times for record, times in zip(found, traced, strict=True)]
-    table.show(found, console)
-    if output_dir is not None:
-        records.write(output_dir, found, measured, workload, model)
-        plots.overview(found, output_dir / "overview.png")
-        console.print(f"wrote record.json, requests.jsonl, samples.txt and overview.png to {output_dir}", highlight=False)
+    try:
+        guides = [guided(model, strategy, console) for strategy in chosen]
+        with Progress(*columns, console=console, transient=True) as progress:
+            judging = batches * (1 + len(chosen)) if FLAGS.quality else 0
+            task = progress.add_task("quality", total=judging + (1 + batches) * len(chosen))
+
+            def report(what: str, name: str) -> None:
+                progress.update(task, advance=1, description=f"{name}: {what}")
+
+            qualities = [offline.Quality()] * len(chosen)
+            if FLAGS.quality:
+                qualities = offline.judge(
+                    list(zip(guides, chosen, strict=True)), workload, batch_size=batch_size, reserve=output_len, plan=plan,
+                    seed=FLAGS.seed, progress=lambda what: report(what, "quality"),
+                )  # fmt: skip
+            for prepared, strategy, quality in zip(guides, chosen, qualities, strict=True):
+                name = strategy.describe()
+                progress.update(task, description=f"{name}: compiling")
+                one = offline.measure(
+                    prepared, strategy, workload, batch_size=batch_size, output_len=output_len, seed=FLAGS.seed, sampling=sampling,
+                    plan=plan, quality=quality, progress=functools.partial(report, name=name),
+                )  # fmt: skip
+                with held():
+                    measured.append(one)
+                    found.append(plain(records.record(one, model, workload, options)))
+        if profile_dir is not None:
+            profile_strategies(profile_dir, model, chosen, workload, batch_size, sampling, plan, console, found)
+    except BaseException as error:  # whatever it is, what is complete is kept
+        problem = error
+
+    def write(directory: pathlib.Path) -> list[str]:
+        return records.write(directory, found, measured, workload, model, FLAGS.compare is not None)
+
+    def draw(directory: pathlib.Path) -> str:
+        plots.overview(found, directory / "overview.png")
+        return "overview.png"
+
+    conclude(console, found, len(chosen), output_dir, problem, write, draw)
 
 
 def profile_strategies(
-    parent: pathlib.Path, model: Model, chosen: list[Strategy], workload, batch_size: int, sampling, plan, console: Console
-) -> list[dict[str, Any]]:
-    """One traced batch per strategy, after compiling, and the time its scopes took; returns what goes into each record."""
+    parent: pathlib.Path, model: Model, chosen: list[Strategy], workload, batch_size: int, sampling, plan, console: Console,
+    found: list[dict[str, Any]],
+) -> None:  # fmt: skip
+    """One traced batch per strategy, after compiling, and the time its scopes took; adds to each record what belongs there."""
     settings: dict[str, Any] = dict(
         max_new_tokens=min(32, fixed_length("output_len")), sampling=sampling, seed=FLAGS.seed, stop_tokens=(), prefill=plan
     )
-    prompts, found = workload.prompts[:batch_size], []
-    for strategy in chosen:
+    prompts = workload.prompts[:batch_size]
+    for strategy, record in zip(chosen, found, strict=True):
         directory = parent / strategy.describe().replace(",", "_")
         prepared, hosted = guided(model, strategy, console), isinstance(strategy.store, HostStore)
         steps = 1 if hosted else 16  # no loop around host memory, as when it was measured
         generate(prepared, prompts, strategy=strategy, steps_per_call=steps, **settings)
         with profile.trace(directory):
             generate(prepared, prompts, strategy=strategy, steps_per_call=steps, **settings)
-        found.append(show_profile(directory, strategy, console))
-    return found
+        record |= show_profile(directory, strategy, console)
 
 
 def main(argv: list[str]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    try:
+    with answered():
         if len(argv) > 1:
             raise SpecError(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
-        run(console)
-    except KvjaxError as error:
-        fail(error)
+        run(Printer())
 
 
 if __name__ == "__main__":
     define_flags()
     logging.set_verbosity(logging.WARNING)
-    app.run(main, flags_parser=parse_flags)
+    start(main)

@@ -272,7 +272,7 @@ def test_text_needs_a_tokenizer(opt_model):
 
 @pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"steps_per_call": 0}])
 def test_counts_are_checked(byte_model, options):
-    with pytest.raises(InputError, match="must both be at least 1"):
+    with pytest.raises(InputError, match="=0 is out of range; give one of at least 1"):
         generate(byte_model, [[1]], **options)
 
 

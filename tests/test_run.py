@@ -9,6 +9,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from kvjax import run
+from kvjax.command import parse_flags
 from kvjax.errors import InputError
 from kvjax.report import profile
 
@@ -43,7 +44,7 @@ def records(finished) -> list[dict]:
     def refuse(word: str):
         raise AssertionError(f"{word} is not JSON")
 
-    lines = (finished[1] / "out" / "record.json").read_text().splitlines()
+    lines = (finished[1] / "out" / "records.jsonl").read_text().splitlines()
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
@@ -119,7 +120,7 @@ def refused(capsys):
 
     def invoke(*arguments: str) -> str:
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as stopped:
-            run.main(run.parse_flags(["kvjax.run", *arguments]))
+            run.main(parse_flags(["kvjax.run", *arguments]))
         captured = capsys.readouterr()
         assert stopped.value.code == 2
         assert len(captured.err.splitlines()) == 1

@@ -9,6 +9,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from kvjax import run
+from kvjax.command import parse_flags
 from kvjax.engine import serve
 from kvjax.report import profile
 
@@ -50,7 +51,7 @@ def test_run_succeeds_and_prints_one_table(finished):
 
 def test_records_series_and_requests_agree(finished):
     out = finished[1] / "out"
-    records, series, requests = (read(out / name) for name in ("record.json", "series.jsonl", "requests.jsonl"))
+    records, series, requests = (read(out / name) for name in ("records.jsonl", "series.jsonl", "requests.jsonl"))
     assert [(r["strategy"], r["store"]) for r in records] == [("vllm", "paged"), ("h2o(heavy=8,recent=8)", "dense")]
     for record in records:
         assert VLLM_KEYS | OWN_KEYS <= set(record)
@@ -84,7 +85,7 @@ def invoke(capsys):
 
     def call(*arguments: str) -> str:
         with flagsaver.flagsaver():
-            run.main(run.parse_flags(["kvjax.run", *arguments]))
+            run.main(parse_flags(["kvjax.run", *arguments]))
         return capsys.readouterr().out
 
     return call

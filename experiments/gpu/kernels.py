@@ -307,7 +307,7 @@ def speculate_job(implementation: Name, at: Geometry, batch: int, context: int, 
 
     def step(cap, given):
         if config is not None:
-            found = speculate_gpu.speculate(*given, cap, 4.0, limit, config=config)
+            found = speculate_gpu.speculate(*given, cap, None, 4.0, limit, config=config)
         else:
             found = speculate(*given, cap, alpha=4.0, limit=limit, implementation=implementation)
         return after(cap, found.maximum), found

@@ -16,6 +16,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import jax
@@ -52,7 +53,7 @@ def bare(model: kvjax.Model, spec: str, prompts: np.ndarray) -> Callable[[], lis
     logits, kv = run_prefill(model, strategy, prompts, lengths, reserve)
     token = jnp.argmax(logits, -1).astype(jnp.int32)
     remaining, seeds = jnp.full(len(prompts), reserve + 1, jnp.int32), jnp.zeros(len(prompts), jnp.int32)
-    state = [kv, token, remaining]
+    state: list[Any] = [kv, token, remaining]
 
     def sample() -> list[float]:
         times = []

@@ -8,7 +8,6 @@ The same command goes on where an interrupted one stopped. --quick and --full di
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -17,15 +16,17 @@ from typing import Any, Literal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from absl import app, flags, logging
+from absl import flags, logging
 from rich.console import Console
 
-from kvjax.command import fail, parse_flags
+from kvjax import compilation
+from kvjax.command import Printer, answered, start
 from kvjax.errors import KvjaxError, SpecError
+from kvjax.files import dumps, replace
 from kvjax.report import figures
 from kvjax.report.figures import Panel
 from kvjax.report.record import setting
-from kvjax.sweep import Cell, Measure, Record, log, runner
+from kvjax.sweep import Cell, Measure, Record, runner
 from kvjax.sweep.measures import Bench
 
 OUTPUT_DIRS = {True: "runs/study", False: "experiments/results/study_cpu"}
@@ -110,7 +111,7 @@ def perform(
             figure.rows(records), figure.x, figure.x_label, figure.panels, figure.title, directory / figure.stem, x_scale=figure.x_scale
         )
     findings = experiment.findings(done) + missing(records)
-    log.replace(directory / "about.json", json.dumps(about(experiment, quick, output_dir, done, findings), indent=1) + "\n")
+    replace(directory / "about.json", dumps(about(experiment, quick, output_dir, done, findings), indent=1) + "\n")
     console.print(f"{experiment.name}: wrote records, about.json and {len(experiment.figures)} figure(s) to {directory}", highlight=False)
     for sentence in findings:
         console.print(f"  {sentence}", highlight=False)
@@ -234,26 +235,24 @@ def main(*experiments: Experiment) -> None:
     """Runs experiments as a program: exit code 1 when a cell failed, 2 for bad input, 130 on Ctrl-C."""
 
     def run(argv: list[str]) -> None:
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        try:
+        with answered():
+            console = Printer(160)
             if len(argv) > 1:
                 raise SpecError(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
+            compilation.apply_flag()
             quick, output_dir = asked()
             bench = Bench()
             failed = [r for e in chosen(experiments) for r in perform(e, quick, output_dir, console, bench) if r["outcome"] == "failed"]
-        except KvjaxError as error:
-            fail(error)
-        except KeyboardInterrupt:
-            sys.exit(runner.INTERRUPTED)
         if failed:
             sys.exit(1)
 
     define_flags()
+    compilation.define_flag()
     if len(experiments) > 1:
         names = ", ".join(e.name for e in experiments)
         flags.DEFINE_list("only", None, f"Some of the experiments, separated by commas: {names}.")
     logging.set_verbosity(logging.WARNING)
-    app.run(run, flags_parser=parse_flags)
+    start(run)
 
 
 def chosen(experiments: Sequence[Experiment]) -> list[Experiment]:

@@ -42,7 +42,7 @@ def prefill_attention(q, k, v, start, count, scale: float):
         attended = attended.transpose(0, 3, 1, 2, 4).reshape(queries.shape).astype(q.dtype)
         sums = jnp.where(total > 0, highest + jnp.log(jnp.where(total > 0, total, 1)), jnp.inf)
         sums = sums.reshape(batch, heads, -1)
-        return jax.lax.dynamic_update_slice(out, attended, (0, first, 0, 0)), jax.lax.dynamic_update_slice(lse, sums, (0, 0, first))
+        return jax.lax.dynamic_update_slice_in_dim(out, attended, first, 1), jax.lax.dynamic_update_slice_in_dim(lse, sums, first, 2)
 
     begin = jnp.zeros(q.shape, q.dtype), jnp.full((batch, heads, size), jnp.inf, jnp.float32)
     return jax.lax.fori_loop(0, -(-size // min(BLOCK_Q, size)), rows, begin)
@@ -62,8 +62,8 @@ def column_mass(q, k, lse, start, count, scale: float):
             keys, at, fresh = _keys(k, j)
             seen = _seen(index, at, start, count) & fresh & fresh_queries[:, None]
             weights = jnp.where(seen, jnp.exp(_logits(queries, keys, scale) - sums[..., None]), 0).sum((2, 3))
-            place = (0, 0, at[0])
-            return jax.lax.dynamic_update_slice(mass, jax.lax.dynamic_slice(mass, place, weights.shape) + weights, place)
+            before = jax.lax.dynamic_slice_in_dim(mass, at[0], weights.shape[-1], 2)
+            return jax.lax.dynamic_update_slice_in_dim(mass, before + weights, at[0], 2)
 
         return jax.lax.fori_loop(0, _last(start, count, index, block_k), columns, mass)
 

@@ -17,6 +17,7 @@ def speculate(
     partial_keys: jax.Array,
     visible: jax.Array,
     cap: jax.Array,
+    always: jax.Array | None = None,
     *,
     alpha: float,
     limit: int,
@@ -26,10 +27,10 @@ def speculate(
 
     For every row, as a loop over its kv heads h:
 
-        a[h, c] = max over g of q[h, g] . partial_keys[h, :, c]       for every visible slot c, in float32
+        a[h, c] = max over g of q[h, g] . partial_keys[h, :, c]       for every visible slot c that is not in always[h], in float32
         above[h] = how many a[h, c] > max over c of a[h, c] - alpha
-        count = min(floor(mean over h of above[h]), cap), at least 1
-        index[h] = the `count` slots of highest a[h]
+        count = min(floor(mean over h of (above[h] + how many visible slots are in always[h])), cap), at least 1
+        index[h] = the first `count` of: the visible slots in always[h], ascending, then the slots of highest a[h]
 
     The mean over the heads is the paper's: heads fetch different tokens, and equally many. With grouped-query attention, which the paper
     does not have, a token is as important as the query head of its group finds it that wants it most.
@@ -41,8 +42,10 @@ def speculate(
         product needs no sum across threads. Appending a token writes d' numbers C apart: d' sectors of memory a head, where a step reads
         d' * C numbers.
       visible: bool [B, Hkv, C], slots to choose from, or [B, 1, C] for all heads. What the partial keys of the others hold does not
-        matter.
+        matter, nor what those hold that are always fetched.
       cap: int [B], most tokens to fetch for a kv head of this row; above `limit` it counts as `limit`.
+      always: bool, shaped as `visible`, slots that are fetched whatever the guess: attention sinks, whose logits would otherwise set the
+        threshold, and the last tokens; None: no slot. The paper has none.
       alpha: how far below the highest logit still matters: 4 keeps what has at least e^-4 of the highest weight.
       limit: K; static.
       implementation: forces one.
@@ -51,6 +54,6 @@ def speculate(
       ValueError: shapes that do not fit together, or a limit that is not between 1 and C.
       UnsupportedError: the implementation asked for cannot run this.
     """
-    check(q, partial_keys, visible, cap, limit)
+    check(q, partial_keys, visible, cap, always, limit)
     with jax.named_scope("speculate"):
-        return OPERATION(q.astype(partial_keys.dtype), partial_keys, visible, cap, alpha, limit, implementation=implementation)
+        return OPERATION(q.astype(partial_keys.dtype), partial_keys, visible, cap, always, alpha, limit, implementation=implementation)

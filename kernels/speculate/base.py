@@ -13,11 +13,11 @@ class Speculation:
     """The tokens to fetch for every row and kv head.
 
     Attributes:
-      index: int32 [B, Hkv, K], slots in the order of their guessed logits, highest first, the lower slot first between equals; C from
-        rank `count[b]` on.
+      index: int32 [B, Hkv, K], the slots that are always fetched, then the others in the order of their guessed logits, highest first;
+        the lower slot first between equals; C from rank `count[b]` on.
       count: int32 [B], tokens to fetch, one number for all kv heads of a row; 0 only where no slot is visible.
-      above: int32 [B, Hkv], how many slots have a guessed logit over the threshold.
-      maximum: float32 [B, Hkv], the highest guessed logit, -inf where no slot is visible.
+      above: int32 [B, Hkv], how many slots have a guessed logit over the threshold, those that are always fetched left out.
+      maximum: float32 [B, Hkv], the highest guessed logit of the slots that are not always fetched, -inf where there is none.
     """
 
     index: jax.Array
@@ -26,26 +26,42 @@ class Speculation:
     maximum: jax.Array
 
 
-def select(logits: jax.Array, maximum: jax.Array, cap: jax.Array, alpha: float, limit: int) -> Speculation:
-    """Counts and chooses by the guessed logits [B, Hkv, C], -inf where a slot is not visible.
+def candidates(visible: jax.Array, always: jax.Array | None) -> jax.Array:
+    """The slots that the guess chooses from."""
+    return visible if always is None else visible & ~always
+
+
+def select(
+    logits: jax.Array, maximum: jax.Array, visible: jax.Array, cap: jax.Array, always: jax.Array | None, alpha: float, limit: int
+) -> Speculation:
+    """Counts and chooses by the guessed logits [B, Hkv, C], -inf where a slot is no candidate.
 
     It reads 4 bytes a slot, where the guess read 2 d'.
     """
     capacity = logits.shape[-1]
     above = (logits > maximum[..., None] - alpha).sum(-1, dtype=jnp.int32)
-    count = jnp.clip(above.sum(-1) // above.shape[-1], 1, jnp.minimum(cap, limit))
+    some = (maximum > -jnp.inf).any(-1)
+    total = above
+    if always is not None:
+        always &= visible
+        total = above + always.sum(-1, dtype=jnp.int32)
+        some |= always.any((1, 2))
+        logits = jnp.where(always, jnp.inf, logits)
+    count = jnp.clip(total.sum(-1) // total.shape[-1], 1, jnp.minimum(cap, limit))
     highest, index = jax.lax.top_k(logits, limit)
     wanted = (jnp.arange(limit) < count[:, None, None]) & (highest > -jnp.inf)
-    return Speculation(jnp.where(wanted, index, capacity), jnp.where((maximum > -jnp.inf).any(-1), count, 0), above, maximum)
+    return Speculation(jnp.where(wanted, index, capacity), jnp.where(some, count, 0), above, maximum)
 
 
-def check(q: jax.Array, partial_keys: jax.Array, visible: jax.Array, cap: jax.Array, limit: int) -> None:
+def check(q: jax.Array, partial_keys: jax.Array, visible: jax.Array, cap: jax.Array, always: jax.Array | None, limit: int) -> None:
     """Raises ValueError where shapes do not fit together."""
     batch, heads, dim, capacity = partial_keys.shape
     if q.ndim != 4 or (*q.shape[:2], q.shape[3]) != (batch, heads, dim):
         raise ValueError(f"speculate: q {q.shape} does not fit partial keys {partial_keys.shape}")
     if visible.shape not in {(batch, heads, capacity), (batch, 1, capacity)}:
         raise ValueError(f"speculate: visible {visible.shape} does not fit partial keys {partial_keys.shape}")
+    if always is not None and always.shape not in {(batch, heads, capacity), (batch, 1, capacity)}:
+        raise ValueError(f"speculate: always {always.shape} does not fit partial keys {partial_keys.shape}")
     if cap.shape != (batch,):
         raise ValueError(f"speculate: cap {cap.shape} is not one number for each of {batch} rows")
     if not 1 <= limit <= capacity:

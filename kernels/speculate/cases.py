@@ -32,10 +32,12 @@ class Case:
     alpha: float = 20.0
     shared: bool = True  # which slots are visible is the same for all kv heads
     scattered: bool = False
+    always: int = 0  # slots of a row that are fetched whatever the guess, some of them not visible
 
     def __str__(self):
         where = f"{'scattered' if self.scattered else 'first'}{'' if self.shared else '-a-head'}"
-        return f"c{self.capacity}-{self.heads}h-g{self.group}-d{self.dim}-{self.dtype}-a{self.alpha}-k{self.limit}-{where}"
+        fixed = f"-always{self.always}" if self.always else ""
+        return f"c{self.capacity}-{self.heads}h-g{self.group}-d{self.dim}-{self.dtype}-a{self.alpha}-k{self.limit}-{where}{fixed}"
 
 
 CASES = [
@@ -45,11 +47,13 @@ CASES = [
     Case(group=5, dim=19, dtype="float32", capacity=1024, limit=1024, alpha=99.5, counts=(1024, 600)),  # everything is
     Case(limit=1, alpha=4.5, counts=(1, 200)),
     Case(dim=38, group=4, heads=1, counts=(200,)),
+    Case(always=20),
+    Case(always=70, alpha=6.5, shared=False, scattered=True, counts=(0, 1, 50, 256)),  # more than the limit
 ]
 
 
 def problem(case: Case, rng: np.random.Generator):
-    """NaN in slots that are not visible."""
+    """NaN in slots that are not visible, or always fetched."""
     counts = np.array(case.counts)
     shape = (len(counts), case.heads)
     visible = np.arange(case.capacity) < counts[:, None, None]
@@ -61,7 +65,11 @@ def problem(case: Case, rng: np.random.Generator):
     keys = rng.integers(-4, 5, (*shape, case.dim, case.capacity)).astype(jnp.dtype(case.dtype))
     keys[np.broadcast_to(~visible[:, :, None], keys.shape)] = np.nan
     cap = np.where(np.arange(len(counts)) % 2, rng.integers(1, 9, len(counts)), case.limit + 3)  # one that matters, one that does not
-    return q, keys, visible, cap.astype(np.int32)
+    always = None
+    if case.always:
+        always = rng.permuted(np.broadcast_to(np.arange(case.capacity) < case.always, visible.shape), axis=-1)
+        keys[np.broadcast_to(always[:, :, None], keys.shape)] = np.nan
+    return q, keys, visible, cap.astype(np.int32), always
 
 
 def call(case: Case, arguments, implementation: Name, function=speculate) -> Speculation:
@@ -71,9 +79,9 @@ def call(case: Case, arguments, implementation: Name, function=speculate) -> Spe
 
 def verify(case: Case, rng: np.random.Generator, implementation: Name, function=speculate) -> None:
     """Raises AssertionError where an implementation differs from the loop."""
-    q, keys, visible, cap = problem(case, rng)
-    found = call(case, (q, keys, visible, cap), implementation, function)
-    want = reference.speculate(q, keys, visible, cap, case.alpha, case.limit)
+    arguments = problem(case, rng)
+    found = call(case, arguments, implementation, function)
+    want = reference.speculate(*arguments, case.alpha, case.limit)
     for name in (field.name for field in dataclasses.fields(Speculation)):
         np.testing.assert_array_equal(getattr(found, name), getattr(want, name), err_msg=name)
         assert getattr(found, name).dtype == getattr(want, name).dtype

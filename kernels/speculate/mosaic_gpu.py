@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import tuned
 from ..dispatch import current_device
-from .base import Speculation, select
+from .base import Speculation, candidates, select
 
 LANES = 128
 
@@ -44,7 +44,7 @@ def tuning_key(group: int, dim: int) -> str:
     return f"g{group} d{dim}"
 
 
-def supports(q, partial_keys, visible, cap, alpha: float, limit: int) -> str | None:
+def supports(q, partial_keys, visible, cap, always, alpha: float, limit: int) -> str | None:
     """Why the kernel cannot run this, or None."""
     capacity = partial_keys.shape[-1]
     if capacity % LANES:
@@ -54,11 +54,11 @@ def supports(q, partial_keys, visible, cap, alpha: float, limit: int) -> str | N
     return None
 
 
-def speculate(q, partial_keys, visible, cap, alpha: float, limit: int, config: Config | None = None) -> Speculation:
+def speculate(q, partial_keys, visible, cap, always, alpha: float, limit: int, config: Config | None = None) -> Speculation:
     """See api.py."""
     config = config or config_for(q.shape[2], q.shape[3], current_device().kind)
-    logits, maximum = _guess(q, partial_keys, visible, config)
-    return select(logits, maximum.max(-1), cap, alpha, limit)
+    logits, maximum = _guess(q, partial_keys, candidates(visible, always), config)
+    return select(logits, maximum.max(-1), visible, cap, always, alpha, limit)
 
 
 def _guess(q, partial_keys, visible, config: Config):

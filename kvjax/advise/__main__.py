@@ -8,21 +8,20 @@ Without --request_rate the question is about whole batches, offline. A need that
 which range there is and exits with 3; bad input exits with 2.
 """
 
-import json
 import os
 import pathlib
-import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from absl import app, flags, logging
+from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
 from kvjax.advise import OBJECTIVES, Advice, Needs, OutsideData, advise, recommendations
-from kvjax.command import fail, parse_flags
+from kvjax.command import Printer, answered, fail, start
 from kvjax.engine.memory import parse_memory
-from kvjax.errors import KvjaxError, SpecError
+from kvjax.errors import SpecError
+from kvjax.files import dumps
 from kvjax.report.cells import read_results
 
 FLAGS = flags.FLAGS
@@ -107,23 +106,22 @@ def run() -> None:
         return
     found = advise(records, asked)
     if FLAGS.json:
-        print(json.dumps(found.record()))
+        print(dumps(found.record()))
     else:
-        show(found, Console(width=None if sys.stdout.isatty() else 150))
+        show(found, Printer())
 
 
 def main(argv: list[str]) -> None:
-    try:
+    with answered():
         if len(argv) > 1:
             raise SpecError(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
-        run()
-    except OutsideData as error:
-        fail(error, code=3)
-    except KvjaxError as error:
-        fail(error)
+        try:
+            run()
+        except OutsideData as error:
+            fail(error, code=3)
 
 
 if __name__ == "__main__":
     define_flags()
     logging.set_verbosity(logging.WARNING)
-    app.run(main, flags_parser=parse_flags)
+    start(main)

@@ -64,7 +64,7 @@ class Prefill:
     context: int | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     def positions(self, kv: KVState, num_tokens: int) -> Int[Array, "B S"]:
-        return kv.length[:, None] + jnp.arange(num_tokens)
+        return kv.length[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
 
     def look_ahead(self, layer: int, queries, kv: KVState) -> KVState:
         return kv
@@ -96,7 +96,7 @@ class Stage:
     strategies: tuple[Strategy, ...] = dataclasses.field(metadata=dict(static=True))
 
     def positions(self, kv: KVState, num_tokens: int) -> Int[Array, "B S"]:
-        return kv.length[:, None] + jnp.arange(num_tokens)
+        return kv.length[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
 
     def look_ahead(self, layer: int, queries, kv: KVState) -> KVState:
         return kv

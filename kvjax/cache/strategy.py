@@ -177,7 +177,7 @@ class Strategy:
             with jax.named_scope("evict" if bounded else "write"):
                 score = self._scored(k, v, mass)
                 if bounded:
-                    return out, self._keep_prompt(layer, k, v, score, valid.sum(-1), kv, guide)
+                    return out, self._keep_prompt(layer, k, v, score, valid.sum(-1, dtype=jnp.int32), kv, guide)
                 store = self._holding(layer).fill(layer.store, kv.shared, self._with_partial(layer, k, guide), v, valid)
                 return out, dataclasses.replace(layer, store=store, score=_padded(score, layer.score))
         if bounded:
@@ -298,14 +298,13 @@ class Strategy:
         """The slots a policy that speculates wants of a layer, most wanted first, and how many of them: [B, Hkv, K] and [B]."""
         assert isinstance(self.store, HostStore)
         partial_keys = self.store.partial_keys(layer.store, kv.shared)
-        capacity, visible = partial_keys.shape[-1], self._stored(layer, kv)
-        rule = self.policy.fused_selection(visible.sum(-1).min(-1), capacity) if isinstance(self.store, KernelHostStore) else None
+        capacity, position = partial_keys.shape[-1], self._positions(layer, kv)
+        rule = self.policy.fused_selection(position, kv.length) if isinstance(self.store, KernelHostStore) else None
         if rule is not None:
-            alpha, most, limit = rule
-            found = speculate(queries, partial_keys, visible, most, alpha=alpha, limit=limit)
+            found = speculate(queries, partial_keys, position >= 0, rule.most, rule.always, alpha=rule.alpha, limit=rule.limit)
             return jnp.minimum(found.index, capacity - 1), jnp.where(active, found.count, 0)
         guess = jnp.einsum("bngp,bnpc->bngc", queries, partial_keys, preferred_element_type=jnp.float32)
-        slot, count = self.policy.select(guess, visible, kv.length)
+        slot, count = self.policy.select(guess, position, kv.length)
         return slot, jnp.where(active, count, 0)
 
     def _fetch(self, layer: LayerState, choice, kv: KVState, active: Bool[Array, " B"]) -> LayerState:
@@ -318,14 +317,16 @@ class Strategy:
 
     def held(self, layer: LayerState, kv: KVState, active: Bool[Array, " B"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
         """Tokens of every active row, and how many of its first slots hold them all: a freed slot may lie between."""
-        stored = self._stored(layer, kv) & active[:, None, None]
-        return stored.sum(-1).max(-1), jnp.where(stored, jnp.arange(1, stored.shape[-1] + 1), 0).max((1, 2))
+        stored = (self._positions(layer, kv) >= 0) & active[:, None, None]
+        ends = jnp.arange(1, stored.shape[-1] + 1, dtype=jnp.int32)
+        return stored.sum(-1, dtype=jnp.int32).max(-1), jnp.where(stored, ends, 0).max((1, 2))
 
-    def _stored(self, layer: LayerState, kv: KVState) -> Bool[Array, "B h C"]:
-        """The slots that hold a token."""
+    def _positions(self, layer: LayerState, kv: KVState) -> Int[Array, "B h C"]:
+        """True position of the token in each slot, -1 where there is none."""
         if layer.position is not None:
-            return layer.position >= 0
-        return jnp.arange(self.store.capacity(layer.store, kv.shared)) < kv.length[:, None, None]
+            return layer.position
+        slots = jnp.arange(self.store.capacity(layer.store, kv.shared))
+        return jnp.where(slots < kv.length[:, None, None], slots, -1)
 
     def _speculates(self, index: int) -> bool:
         return self.policy.speculates and index >= self.policy.full_layers
@@ -365,7 +366,7 @@ class Strategy:
         """Attend to the kept slots and the chunk, then cut both together back to the budget."""
         assert layer.position is not None
         batch, size = valid.shape
-        position = kv.length[:, None] + jnp.arange(size)
+        position = kv.length[:, None] + jnp.arange(size, dtype=jnp.int32)
         fresh = jnp.broadcast_to(jnp.where(valid, position, -1)[:, None], (batch, layer.position.shape[1], size))
         where = jnp.concatenate([layer.position, fresh], axis=-1)
         held_k, held_v = self.store.tokens(layer.store, kv.shared, batch)
@@ -377,11 +378,11 @@ class Strategy:
             if score is not None:
                 score = jnp.concatenate([score, self.policy.initial_score(k, v)], -1)
                 score = score if mass is None else self.policy.observe(score, mass)
-            return out, self._keep(layer, keys, values, score, where, kv.length + valid.sum(-1), kv, guide, valid.any(-1))
+            return out, self._keep(layer, keys, values, score, where, kv.length + valid.sum(-1, dtype=jnp.int32), kv, guide, valid.any(-1))
 
     def _keep_prompt(self, layer: LayerState, k, v, score, length, kv: KVState, guide=None) -> LayerState:
         """Fills the layer from the first `length` tokens of (k, v), which stand in the order of their positions."""
-        index = jnp.arange(k.shape[1])
+        index = jnp.arange(k.shape[1], dtype=jnp.int32)
         valid = index < length[:, None]
         if layer.position is None:  # nothing is ever dropped
             return dataclasses.replace(layer, store=self.store.fill(layer.store, kv.shared, self._with_partial(layer, k, guide), v, valid))
@@ -462,7 +463,7 @@ def highest(priority: Float[Array, "B h K"], position: Int[Array, "B h K"], budg
     size = position.shape[-1]
     index = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), position.shape)
     empty = position < 0
-    *_, where, order = jax.lax.sort((empty, -priority, position, index), num_keys=3)
+    *_, where, order = jax.lax.sort((empty, -priority.astype(jnp.float32), position, index), num_keys=3)
     rank = jnp.arange(min(capacity, size))
     chosen = (where >= 0)[..., : len(rank)] & (rank < budget[:, None, None])
     order = jnp.where(chosen, order[..., : len(rank)], size)
@@ -479,8 +480,9 @@ def lowest(priority: Float[Array, "B h C"], position: Int[Array, "B h C"]) -> In
         first = (a[0] < b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
         return tuple(jnp.where(first, x, y) for x, y in zip(a, b, strict=True))
 
-    start = (jnp.float32(jnp.inf), jnp.int32(-2), jnp.int32(0))
-    return jax.lax.reduce((priority, position, slots), start, worse, (2,))[2]
+    start = (jnp.float32(jnp.inf), jnp.int32(-2), jnp.int32(0))  # whatever a policy ranks by, and JAX_ENABLE_X64 makes of it
+    operands = (priority.astype(jnp.float32), position.astype(jnp.int32), slots)
+    return jax.lax.reduce(operands, start, worse, (2,))[2]
 
 
 def check_capacity(strategy: Strategy, kv: KVState, steps: int) -> None:

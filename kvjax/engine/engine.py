@@ -10,6 +10,7 @@
 
 `step` decides what to compute, dispatches it, and while the device works reads what the step before has computed: tokens are known one
 step after they were dispatched. Greedy output does not depend on what else is being served, in which order, or on preemptions.
+An interrupt (Ctrl-C) comes between two calls, never in the midst of one, so the engine can go on after it.
 """
 
 import collections
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax import checks
 from kvjax.cache import HostStore, Strategy
 from kvjax.cache.stores import KernelStore
 from kvjax.cache.stores.paged import extent_sizes
@@ -34,6 +36,7 @@ from kvjax.engine.metrics import Sample
 from kvjax.engine.scheduler import Chunk, Limits, Need, Scheduler, Sequence, Status
 from kvjax.errors import InputError, SpecError
 from kvjax.generation import as_strategy, cache_shape, encode
+from kvjax.interrupts import held
 from kvjax.models import Model
 from kvjax.sampling import Sampling
 
@@ -119,7 +122,10 @@ class Engine:
         self.model = model
         self.strategy = as_strategy(strategy)
         limit = model.config.max_position
-        longest = limit if max_model_len is None else max_model_len
+        longest = limit if max_model_len is None else checks.whole("max_model_len", max_model_len)
+        max_num_seqs, prefill_chunk = checks.whole("max_num_seqs", max_num_seqs), checks.whole("prefill_chunk", prefill_chunk)
+        extents, watermark = checks.whole("extents", extents), checks.number("watermark", watermark, 0, 1)
+        max_num_batched_tokens = checks.optional_whole("max_num_batched_tokens", max_num_batched_tokens)
         if not 2 <= longest <= limit:
             raise SpecError(f"max_model_len={longest}: model {model.config.name} has {limit} positions; give 2 to {limit}")
         if max_num_seqs < 1 or prefill_chunk < 1:
@@ -180,6 +186,12 @@ class Engine:
         """Whether a step would do anything."""
         return bool(self.scheduler.busy or self._pending or self._outputs)
 
+    @property
+    def requests(self) -> tuple[str, ...]:
+        """Names of the requests that are being served."""
+        return tuple(self._sequences)
+
+    @held()
     def add(
         self,
         request: str,
@@ -196,27 +208,29 @@ class Engine:
           request: a name nobody else in the engine has.
           prompt: text or token ids.
           n: samples of the prompt; sample i has the seed `seed + i`, and they share the pages of the prompt where the strategy allows.
-          seed: a 32-bit integer; what is drawn depends on it and on the request alone.
+          seed: a whole number from 0; it and the `n - 1` after it fit 32 bits with a sign. What is drawn depends on it and on the request.
           stop_tokens: ids that end a sample; None: the model's own.
 
         Raises:
           RequestRefused: it could never be served, with the reason.
-          InputError: an empty prompt, unknown ids, a name in use.
+          InputError: an empty prompt, unknown ids, a name in use, a number that is none.
         """
+        if not isinstance(request, str):
+            raise InputError(f"the name of a request is text, not {request!r}")
         if request in self._sequences:
             raise InputError(f"request {request!r} is being served already; give it another name")
-        if max_tokens < 1 or n < 1:
-            raise InputError(f"request {request!r}: max_tokens={max_tokens} and n={n} must both be at least 1")
-        if not -(2**31) <= seed <= 2**31 - n:
-            raise InputError(f"request {request!r}: seed={seed} and the {n - 1} after it must be 32-bit integers")
+        where = f"request {request!r}: "
+        max_tokens, n = (checks.whole(where + name, value, 1, error=InputError) for name, value in (("max_tokens", max_tokens), ("n", n)))
+        seed = checks.seed(where + "seed", seed, n)
         ids = encode(self.model, [prompt])[0][0]  # type: ignore[arg-type]
-        stops = frozenset(int(t) for t in (self.model.config.stop_tokens if stop_tokens is None else stop_tokens))
+        stops = frozenset(self.model.config.stop_tokens if stop_tokens is None else checks.token_set(where + "stop_tokens", stop_tokens))
         sequences = [Sequence(self._count + i, request, i, ids, max_tokens, seed + i, stops, n if i == 0 else 1) for i in range(n)]
         self._check_fits(sequences[0])
         self._count += n
         self._sequences[request] = sequences
         self.scheduler.add(sequences[0])
 
+    @held()
     def abort(self, request: str) -> None:
         """Ends a request, whatever it is doing. Raises InputError for one that is not being served."""
         if request not in self._sequences:
@@ -225,6 +239,7 @@ class Engine:
             if not sequence.status.ended:
                 self._end(sequence, Status.ABORTED, "abort")
 
+    @held()
     def preempt(self, request: str, swap: bool = False) -> None:
         """Takes a request's row and queues it again. For tests, experiments, and whoever has something more urgent to serve.
 
@@ -250,6 +265,7 @@ class Engine:
         outputs, self._outputs = self._outputs, []
         return outputs
 
+    @held()
     def _turn(self) -> None:
         scheduler = self.scheduler
         if scheduler.shortage():

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import Float, Int
 
+from kvjax import checks
 from kvjax.errors import InputError, SpecError
 from kvjax.models import Model
 from kvjax.models.tokenizer import ByteTokenizer
@@ -31,7 +32,11 @@ _PIECE_BYTES = 1 << 16
 ARRIVAL_FIELDS = ("arrival", "timestamp")
 INPUT_FIELDS = ("input_length", "input_len", "prompt_tokens")
 OUTPUT_FIELDS = ("output_length", "output_len", "completion_tokens")
-MAX_TOKENS_FIELDS = ("max_tokens", "output_len")
+MAX_TOKENS_FIELDS = ("max_tokens", "output_tokens", "output_len", "output_length", "max_completion_tokens", "max_new_tokens")
+"""What prompt files call the tokens to generate: OpenAI's requests, vLLM's custom data sets and what resembles them."""
+
+LONGEST_WAIT = 1e7
+"""Seconds (four months): a request that comes later than this is a slip."""
 
 RampKind = Literal["linear", "exponential"]
 
@@ -131,10 +136,21 @@ def arrivals(
     if ramp is None and math.isinf(request_rate):
         return np.zeros(count)
     rates = np.full(count, request_rate) if ramp is None else ramp.rates(count)
-    times = np.cumsum(1 / rates if math.isinf(burstiness) else rng.gamma(burstiness, 1 / (rates * burstiness)))
+    with np.errstate(all="ignore"):  # what comes out is checked
+        gaps = 1 / rates if math.isinf(burstiness) else rng.gamma(burstiness, 1 / (rates * burstiness))
+    times = np.cumsum(gaps)
     if ramp is None and times[-1] > 0:  # a tiny burstiness may draw nothing but zeros
         times = times / times[-1] * (count / request_rate)
     return times
+
+
+def _check_times(names: Sequence[str], times: Float[np.ndarray, " R"]) -> None:
+    """Raises InputError for a request that arrives at no time, or never."""
+    late = np.flatnonzero(~(times <= LONGEST_WAIT))
+    if len(late):
+        raise InputError(
+            f"{names[late[0]]} would arrive after {times[late[0]]:g} s; give times or rates that end within {LONGEST_WAIT:g} s"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +160,7 @@ class Fixed:
     tokens: int
 
     def __post_init__(self):
-        if self.tokens < 1:
+        if checks.whole("length", self.tokens, -checks.LARGEST) < 1:
             raise SpecError(f"a length of {self.tokens} tokens; give at least 1")
 
     @property
@@ -167,7 +183,7 @@ class Uniform:
     high: int
 
     def __post_init__(self):
-        if not 1 <= self.low <= self.high:
+        if not 1 <= checks.whole("low", self.low) <= checks.whole("high", self.high):
             raise SpecError(f"{self} is no range of lengths; give two lengths of at least 1 token, the smaller one first")
 
     @property
@@ -190,7 +206,7 @@ class LogNormal:
     sigma: float
 
     def __post_init__(self):
-        if self.median < 1 or not (math.isfinite(self.sigma) and self.sigma >= 0):
+        if checks.whole("median", self.median) < 1 or not (math.isfinite(self.sigma) and self.sigma >= 0):
             raise SpecError(f"{self}: give a median of at least 1 token and a sigma >= 0, such as lognormal(512,0.5)")
 
     @property
@@ -318,7 +334,7 @@ class Prompt:
 
 
 def read_prompts(path: str | os.PathLike, model: Model) -> list[Prompt]:
-    """Prompts from a JSONL file: `prompt` (text) or `prompt_token_ids` (a list of ids), and optionally `max_tokens` or `output_len`.
+    """Prompts from a JSONL file: `prompt` (text) or `prompt_token_ids` (a list of ids), and optionally one of MAX_TOKENS_FIELDS.
 
     Other fields are ignored. Raises InputError, which names file and line.
     """
@@ -331,7 +347,7 @@ def read_prompts(path: str | os.PathLike, model: Model) -> list[Prompt]:
                     raise InputError(f"{where}: prompt is not text; give ids as prompt_token_ids")
                 if model.tokenizer is None:
                     raise InputError(f"{where}: model {model.config.name} has no tokenizer for a text prompt; give prompt_token_ids")
-                ids: Any = model.tokenizer.encode(text)
+                ids: Any = model.tokenizer.encode(checks.text(f"{where}: prompt", text))
             case ["prompt_token_ids"]:
                 ids = record["prompt_token_ids"]
             case _:
@@ -341,7 +357,11 @@ def read_prompts(path: str | os.PathLike, model: Model) -> list[Prompt]:
         size = model.config.vocab_size
         if not (0 <= min(ids) and max(ids) < size):
             raise InputError(f"{where}: token ids from {min(ids)} to {max(ids)}; model {model.config.name} has ids 0 to {size - 1}")
-        found.append(Prompt(np.asarray(ids, np.int32), _whole(record, MAX_TOKENS_FIELDS, where, required=False), where))
+        lengths = {name: _whole(record, (name,), where, required=False) for name in MAX_TOKENS_FIELDS}
+        said = {name: length for name, length in lengths.items() if length is not None}
+        if len(set(said.values())) > 1:
+            raise InputError(f"{where}: {' and '.join(f'{name}={length}' for name, length in said.items())} disagree; give one of them")
+        found.append(Prompt(np.asarray(ids, np.int32), next(iter(said.values()), None), where))
     if not found:
         raise InputError(f"{path} holds no prompts; give one JSON object a line")
     return found
@@ -439,6 +459,8 @@ def make_load(
         outputs = output_len.sample(_rng(seed, _OUTPUTS), len(inputs), np.maximum(room - inputs, 1))
         outputs = np.array([p.max_tokens or drawn for p, drawn in zip(given, outputs, strict=True)]) if given else outputs
         times = arrivals(_rng(seed, _ARRIVALS), len(inputs), request_rate, burstiness, ramp)
+    seed = checks.seed("seed", seed, len(inputs), SpecError)
+    _check_times(names, times)
     for name, length, new in zip(names, inputs, outputs, strict=True):
         if length + new > room:
             raise InputError(f"{name}: {length} prompt tokens and {new} new ones exceed the {room} positions of model {model.config.name}")
@@ -458,11 +480,10 @@ def _check_options(
     prompts: object, trace: object, speed: float, shared_prefix: int,
 ) -> None:  # fmt: skip
     """Raises SpecError for options of `make_load` that do not go together."""
-    if seed < 0:
-        raise SpecError(f"seed={seed} is negative; give a whole number >= 0")
+    checks.seed("seed", seed, num_requests if isinstance(num_requests, int) else 1, SpecError)
     if num_requests is None and prompts is None and trace is None:
         raise SpecError("num_requests is missing; only a prompt file or a trace says by itself how many requests there are")
-    if num_requests is not None and num_requests < 1:
+    if num_requests is not None and checks.whole("num_requests", num_requests, -checks.LARGEST) < 1:
         raise SpecError(f"num_requests={num_requests} asks nothing; give at least 1")
     if prompts is not None and trace is not None:
         raise SpecError("prompts and trace are both given; a load comes from one of them")
@@ -516,11 +537,14 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError(f"{path} is not UTF-8 text; give JSONL, or CSV with a header") from None
     if path.suffix.lower() == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
-                raise InputError(f"{where}: the row does not have the {len(reader.fieldnames or ())} values that the header names")
-            yield where, row
+        try:
+            for row in reader:
+                where = f"{path}:{reader.line_num}"
+                if None in row or None in row.values():
+                    raise InputError(f"{where}: the row does not have the {len(reader.fieldnames or ())} values that the header names")
+                yield where, row
+        except csv.Error as error:
+            raise InputError(f"{path}:{reader.line_num}: no CSV: {error}") from None
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():

@@ -2,15 +2,21 @@
 
 import dataclasses
 import re
+from fractions import Fraction
 
 import jax.numpy as jnp
 
+from kvjax import checks
 from kvjax.cache import CacheShape, DenseStore, HostStore, PagedStore, Strategy
 from kvjax.cache.stores import KernelPagedStore, KernelStore, stored_dim
 from kvjax.engine.scheduler import Need
 from kvjax.errors import MemoryLimitError, SpecError
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+LARGEST_MEMORY = 2**50
+"""Bytes; a number beyond it is a slip."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +46,19 @@ class Budget:
 
 def parse_memory(text: str | int) -> int:
     """Bytes: 67108864, "64MiB", "1.5GB". Raises SpecError."""
-    if isinstance(text, int):
-        found, unit = float(text), ""
+    found: int | Fraction
+    if not isinstance(text, str):
+        found, unit = checks.whole("memory", text, -LARGEST_MEMORY, LARGEST_MEMORY), ""
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
         if match is None or match[2] not in UNITS:
             raise SpecError(
                 f"cannot read {text!r} as an amount of memory; write bytes, or a number and one of {', '.join(filter(None, UNITS))}"
             )
-        found, unit = float(match[1]), match[2]
+        found, unit = Fraction(match[1]), match[2]
     size = int(found * UNITS[unit])
+    if size > LARGEST_MEMORY:
+        raise SpecError(f"{text!r} is more memory than there is; give up to {LARGEST_MEMORY} bytes")
     if size <= 0:
         raise SpecError(f"{text!r} of memory holds nothing; give more, for example 64MiB")
     return size
@@ -107,9 +116,9 @@ def spend(need: Need, shape: CacheShape, memory: int, max_num_seqs: int, host_me
             f"max_model_len={need.max_model_len} takes {least} bytes ({widest} pages of {page}, {row} of metadata, {staging} to stage "
             "prompts); give more memory or a smaller max_model_len"
         )
-    rows = max_num_seqs
-    while rows > 1 and (memory - staging - rows * row) // page < max(rows, widest):
-        rows -= 1
+    rest = memory - staging  # with r rows it has to hold r * row, and r or `widest` pages
+    rows = min(max_num_seqs, rest // (row + page))
+    rows = max(1, min(rows, (rest - widest * page) // row) if row else rows)
     return Budget((memory - staging - rows * row) // page, rows, page, row, staging)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from kvjax.cache import Full, HostStore, KVState, Ledger, Strategy, ledger
 from kvjax.engine.metrics import Timeline, summarise
-from kvjax.errors import InputError
+from kvjax.errors import InputError, NotFiniteError
 from kvjax.generation import (
     PrefillPlan,
     as_strategy,
@@ -178,6 +178,8 @@ def judge(
       contenders: strategies, each with the model as it needs it (kvjax.calibrated); the same model but for the guide.
       reserve: allocate room for at least this many new tokens, to share programs with who generates as many.
       audits: whether guesses are judged, where there are any.
+
+    Raises NotFiniteError for logits that mean nothing.
     """
     prompt_len, new = workload.prompts.shape[1], max(workload.continuation.shape[1], reserve, 1)
     contenders = [(model, as_strategy(_on_device(strategy))) for model, strategy in contenders]
@@ -207,7 +209,7 @@ def judge(
                 guesses[index] = speculation_of(measures)
             else:
                 after, _ = feed(model, strategy, kv, following)
-            logits = jnp.concatenate([first[:, None], after], axis=1)
+            logits = _finite(model, strategy, jnp.concatenate([first[:, None], after], axis=1))
             if index < 0:
                 expected = logits
                 continue
@@ -217,6 +219,16 @@ def judge(
                 hits[index] += [recall.answered(host[i], test) for i, test in enumerate(workload.tests[where])]
             progress(strategy.describe())
     return [_quality(workload, *each, seed) for each in zip(parts, hits, guesses, strict=True)]
+
+
+def _finite(model: Model, strategy: Strategy, logits: jax.Array) -> jax.Array:
+    """The logits. Raises NotFiniteError."""
+    if not bool(jnp.isfinite(logits).all()):
+        raise NotFiniteError(
+            f"{model.config.name} in {model.dtype} under {strategy.describe()}: logits are not finite, so there is nothing to compare; its "
+            "weights are damaged, or too large for this dtype (float32 and bfloat16 reach further)"
+        )
+    return logits
 
 
 def _on_device(strategy: Strategy) -> Strategy:
@@ -250,7 +262,8 @@ def measure(
 ) -> Measurement:
     """Generates after every prompt of a workload under a strategy, timed, batch by batch.
 
-    Every request generates `output_len` tokens whatever they are. Programs are compiled before anything is timed.
+    Every request generates `output_len` tokens whatever they are; request i samples with seed + i. Programs are compiled before anything is
+    timed. Raises NotFiniteError for logits that mean nothing.
 
     Args:
       quality: what `judge` says of the strategy, to stand beside the times.
@@ -265,12 +278,13 @@ def measure(
     timelines: list[Timeline] = []
     samples: list[list[int]] = []
     busy = 0.0
-    for _, rows, real in batches(workload, batch_size):
+    for where, rows, real in batches(workload, batch_size):
+        seeds = seed + np.minimum(np.arange(where.start, where.start + len(rows)), where.stop - 1)  # a request's own, whatever its batch
         start = time.perf_counter()
         parts, times = [], []
         with jax.profiler.TraceAnnotation("generate"):
             for emitted in stream(
-                model, rows[:, :prompt_len], strategy=strategy, max_new_tokens=output_len, sampling=sampling, seed=seed,
+                model, rows[:, :prompt_len], strategy=strategy, max_new_tokens=output_len, sampling=sampling, seed=seeds,
                 stop_tokens=(), prefill=plan, reserve=longest,
             ):  # fmt: skip
                 parts.append(emitted.tokens)

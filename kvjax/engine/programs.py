@@ -85,7 +85,7 @@ def _shared(programs: Programs, packed: Int[Array, "B HEADER+T"]) -> Seats | Pag
 def decode(
     programs: Programs, params, layers: Layers, tokens: Int[Array, " R"], packed: Int[Ints, "B HEADER+T"]
 ) -> tuple[Layers, Int[Array, " R"], Int[Array, " B"]]:
-    """One token for every row of the call. Returns the cache, every row's last token, and the new tokens (-1: logits not finite)."""
+    """One token for every row of the call. Returns the cache, every row's last token, and the new tokens (negative: logits not finite)."""
     if programs.decoder.stringing == "unroll":
         return _unrolled_decode(programs, params, layers, tokens, packed)
     frame, last, step = _before_decode(programs, tokens, packed)
@@ -113,7 +113,7 @@ def _before_decode(programs: Programs, tokens: Int[Array, " R"], packed: Int[Arr
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _after_decode(programs: Programs, tokens: Int[Array, " R"], packed, logits, length) -> tuple[Int[Array, " R"], Int[Array, " B"]]:
     row, _, _, seed, _ = packed[:, :HEADER].T
-    chosen = _choose(programs.sampling, logits[:, 0], seed, length)
+    chosen = programs.sampling.choose(logits[:, 0], seed, length)
     return tokens.at[row].set(jnp.maximum(chosen, 0), mode="drop"), chosen
 
 
@@ -186,7 +186,7 @@ def begin(
 ) -> tuple[Int[Array, " R"], Int[Array, " 1"]]:
     """The token after a prompt; `packed` has the prompt's full length. Returns every row's last token, and the new one."""
     row, length, _, seed, _ = packed[:, :HEADER].T
-    chosen = _choose(programs.sampling, logits, seed, length)
+    chosen = programs.sampling.choose(logits, seed, length)
     return tokens.at[row].set(jnp.maximum(chosen, 0), mode="drop"), chosen
 
 
@@ -226,11 +226,6 @@ def swap_in(programs: Programs, layers: Layers, saved: Layers, row: Int[Array, "
         return layer.put(dataclasses.replace(old, store=new), row)
 
     return tuple(one(layer, old) for layer, old in zip(layers, saved, strict=True))
-
-
-def _choose(sampling: Sampling, logits, seed, position) -> Int[Array, " B"]:
-    chosen = sampling.choose(logits, seed, position)
-    return jnp.where(jnp.isfinite(logits).all(-1), chosen, -1)
 
 
 def _head(strategy: Strategy, layer: LayerState, slots: int) -> LayerState:

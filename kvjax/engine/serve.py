@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +14,13 @@ from kvjax.engine.engine import Engine, Output, RequestRefused
 from kvjax.engine.load import Load, Request
 from kvjax.engine.metrics import Goodput, Sample, Timeline, summarise, summarise_series
 from kvjax.generation import cache_shape
+from kvjax.interrupts import Interrupt, held
 
 SAMPLE_EVERY = 0.02
 """Seconds between samples of the engine's state."""
+
+LONGEST_SLEEP = 0.05
+"""Seconds; an interrupt is noticed after it."""
 
 COUNTERS = ("preemptions", "prefix_hit_tokens", "prefix_query_tokens")
 """Figures of a Sample that count from the engine's start; here they count from the load's."""
@@ -32,6 +37,7 @@ class Served:
       start: when the client sent it.
       queue: how long the client had held it back by then, to keep to its concurrency cap.
       reason: why it ended: `stop`, `length`, `abort`, `error: ...`, or why it was refused. None: it has not ended.
+      refused: the engine did not take it.
     """
 
     request: Request
@@ -40,6 +46,7 @@ class Served:
     token_times: list[float] = dataclasses.field(default_factory=list)
     tokens: list[int] = dataclasses.field(default_factory=list)
     reason: str | None = None
+    refused: bool = False
 
     @property
     def completed(self) -> bool:
@@ -86,7 +93,7 @@ class Service:
             **summarise(timelines, self.duration, (50, 90, 95, 99), failed=failed, goodput=goodput, closed_loop=closed_loop),
             **series,
             "complete": self.complete,
-            "refused": sum(s.reason is not None and not s.completed and not s.token_times for s in self.served),
+            "refused": sum(s.refused for s in self.served),
             "steps": self.steps,
             "kv_memory_bytes": budget.total,
             "kv_pool_bytes": budget.num_pages * budget.page,
@@ -128,13 +135,23 @@ def serve(
 ) -> Service:
     """Sends the requests of a load when their time has come and steps the engine until all have ended.
 
-    A request that the engine refuses counts as failed. On KeyboardInterrupt what is under way is aborted, and what has been measured is
-    returned, marked incomplete.
+    A request that the engine refuses counts as failed. An interrupt waits until the step that is under way is done: then what is under way
+    is aborted, and what has been measured is returned, marked incomplete; a second one does not wait.
 
     Args:
       max_concurrency: requests a client has under way at most; others wait at the client, and their start is when they are sent.
       stop_tokens: ids that end a request; (): none, so that all generate what they ask for; None: the model's own.
     """
+    with held() as interrupt:
+        service = _serve(engine, load, max_concurrency, progress, stop_tokens, interrupt)
+        interrupt.settle()
+        return service
+
+
+def _serve(
+    engine: Engine, load: Load, max_concurrency: int | None, progress: Progress, stop_tokens: tuple[int, ...] | None, interrupt: Interrupt
+) -> Service:
+    """`serve`, until `interrupt` says otherwise."""
     waiting = collections.deque(load.requests)
     served: dict[str, Served] = {}
     samples: list[Sample] = []
@@ -163,7 +180,7 @@ def serve(
                 under_way, ended, last, freed = under_way - 1, ended + 1, known, known
 
     try:
-        while waiting or engine.busy:
+        while (waiting or engine.busy) and interrupt.waiting is None:
             moment = now()
             while waiting and waiting[0].arrival <= moment and (max_concurrency is None or under_way < max_concurrency):
                 request = waiting.popleft()
@@ -175,22 +192,28 @@ def serve(
                     )
                     under_way += 1
                 except RequestRefused as refusal:
-                    one.reason, ended = str(refusal), ended + 1
+                    one.reason, one.refused, ended = str(refusal), True, ended + 1
             if engine.busy:
                 take(engine.step())
             elif waiting:
-                time.sleep(max(waiting[0].arrival - now(), 0.0))
+                time.sleep(min(max(waiting[0].arrival - now(), 0.0), LONGEST_SLEEP))
             if not samples or now() - samples[-1].time >= SAMPLE_EVERY:
                 sample()
                 progress(ended, under_way)
     except KeyboardInterrupt:
-        complete, last = False, now()
-        for name, one in served.items():
-            if one.reason is None:
+        if interrupt.waiting is not None:
+            raise  # the second one, in the midst of anything
+        interrupt.waiting = signal.SIGINT  # raised between steps, by what reports progress
+    if interrupt.waiting is not None:
+        complete, stopped = False, now()
+        for name in engine.requests:
+            if name in served:
                 engine.abort(name)
-                one.reason = "abort"
         while engine.busy:
-            engine.step()
+            take(engine.step())
+        for one in served.values():
+            one.reason = one.reason or "abort"
+        last = stopped
     sample()
     progress(ended, under_way)
     return Service(tuple(served.values()), tuple(samples), last, engine.steps - steps, complete, engine.traffic() - traffic)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kvjax.cache.steps import Forward
+from kvjax.errors import NotFiniteError
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
 
@@ -50,6 +51,24 @@ def random(config: ModelConfig, dtype: DTypeLike = jnp.float32, seed: int = 0, s
 def map_with_path(function: Callable[..., Any], tree: Parameters, *rest: Parameters) -> Parameters:
     """`function(path, leaf, ...)` over the leaves of one or several parameter trees."""
     return jax.tree_util.tree_map_with_path(lambda keys, *leaves: function(_path(keys), *leaves), tree, *rest)
+
+
+def check_finite(parameters: Parameters, name: str) -> None:
+    """Raises NotFiniteError, which names the parameter, when one of `parameters` (of the model `name`) is infinite or no number."""
+
+    def check(path: Path, leaf: jax.Array) -> None:
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(_all_finite(leaf)):
+            raise NotFiniteError(
+                f"model {name}: {'/'.join(path)} is not finite in {leaf.dtype}; its weights are damaged, or too large for this dtype "
+                "(float32 and bfloat16 reach further)"
+            )
+
+    map_with_path(check, parameters)
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
 
 
 def place(path: Path, sharding: Sharding | None) -> jax.sharding.Sharding:

@@ -13,22 +13,21 @@ as in the engine; --prefill_batch and --prefill_chunk=0 make it a whole batch at
 the largest batch and context compiles again at its answers (--norefine does not).
 """
 
-import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
 from kvjax.cache import parse_strategy, split_specs
 from kvjax.cache.stores import TRANSFERS
-from kvjax.command import fail, parse_flags
-from kvjax.errors import KvjaxError, SpecError
+from kvjax.command import Printer, answered, start
+from kvjax.errors import SpecError
+from kvjax.files import dumps
 from kvjax.models.config import preset
 from kvjax.models.load import DTYPES
 from kvjax.plan.devices import DEVICES, open_device
@@ -102,9 +101,9 @@ def run() -> None:
             plans.append(plan(setting, device, progress=report, **options))
     if FLAGS.json:
         for found in plans:
-            print(json.dumps(found.record()))
+            print(dumps(found.record()))
     else:
-        show(plans, Console(width=None if sys.stdout.isatty() else 150))
+        show(plans, Printer())
 
 
 # --------------------------------------------------------------------------------------------------------------------------- side by side
@@ -255,15 +254,13 @@ def fit_table() -> Iterator[str]:
 
 def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # or JAX would look for the cards themselves
-    try:
+    with answered():
         if len(argv) > 1:
             raise SpecError(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
         run()
-    except KvjaxError as error:
-        fail(error)
 
 
 if __name__ == "__main__":
     define_flags()
     logging.set_verbosity(logging.WARNING)
-    app.run(main, flags_parser=parse_flags)
+    start(main)

@@ -25,7 +25,7 @@ class Comparison:
 
     Attributes:
       kld: KL(full || strategy) in nats.
-      same_top: the two agree on the most likely token.
+      same_top: the two agree on the most likely token, as logits can that are finite.
       nll_delta: negative log-likelihood of the true token, strategy minus full, in nats.
     """
 
@@ -56,7 +56,8 @@ def compare(
     p, q = jax.nn.log_softmax(full), jax.nn.log_softmax(other)
     kld = (jnp.exp(p) * (p - q)).sum(-1)
     nll_delta = jnp.take_along_axis(p - q, targets[..., None], axis=-1)[..., 0]
-    return kld, full.argmax(-1) == other.argmax(-1), nll_delta
+    finite = jnp.isfinite(full).all(-1) & jnp.isfinite(other).all(-1)
+    return kld, finite & (full.argmax(-1) == other.argmax(-1)), nll_delta
 
 
 def _estimate(values: np.ndarray, statistic: Callable[[np.ndarray], np.floating], seed: int) -> Estimate:

@@ -8,13 +8,14 @@ its real queries meet the whole pool, and its policy is asked to choose once mor
 tokens as the policy does, the query heads of a kv head joined by its own rule, and a guess that is right scores 1 whatever that rule is;
 how good the rule is shows in the attention mass.
 
-  precision     share of the m tokens fetched that are among the true top m, where m is what was fetched for that request. With as many
-                on either side it is their recall, too.
+  precision     share of the tokens guessed and fetched, m of them, that are among the true top m. With as many on either side it is their
+                recall, too.
   recall        share of the true top k that was fetched, where k is what the policy would count without its budget: for InfiniGen the
                 tokens within alpha of the true maximum, mean over the kv heads. Falls short by wrong guesses and by m < k alike.
+                Tokens that the policy reads whatever it guesses (sinks, the recent ones) are left out of both shares, on either side.
   mass_covered  true attention probability of what is read, the tokens fetched and the newest one; mean over query heads.
-  fetched       m, in tokens per kv head.
-  near          k.
+  fetched       tokens per kv head, those that are always read included.
+  near          k, likewise.
 
 All are means over kv heads (mass_covered: query heads). Layers that read everything count nothing.
 """
@@ -239,25 +240,29 @@ def compare(strategy: Strategy, layer: LayerState, q: Float[Array, "B H D"], k: 
     grouped = (q * dim**-0.5).astype(keys.dtype).reshape(batch, heads, -1, dim)
     logits = jnp.einsum("bngd,bcnd->bngc", grouped, keys, preferred_element_type=jnp.float32)
     newest = jnp.einsum("bngd,bnd->bng", grouped, k.astype(keys.dtype), preferred_element_type=jnp.float32)
-    held = layer.position >= 0 if layer.position is not None else jnp.arange(capacity) < kv.length[:, None, None]
+    slots = jnp.arange(capacity)
+    position = layer.position if layer.position is not None else jnp.where(slots < kv.length[:, None, None], slots, -1)
+    held = position >= 0
 
     fetched = _marked(layer.store.staged.slot, capacity)
-    slot, near = _unbounded(strategy.policy).select(logits, held, kv.length)
+    policy = _unbounded(strategy.policy)
+    slot, near = policy.select(logits, position, kv.length)
     row, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
-    rank = jnp.full(fetched.shape, capacity).at[row, head, slot].set(jnp.arange(slot.shape[-1]))
-    size = fetched.sum(-1)
+    aside = policy.always_read(position, kv.length)
+    rank = jnp.full(fetched.shape, capacity).at[row, head, slot].set(jnp.arange(slot.shape[-1])) - aside.sum(-1)[..., None]
+    guessed = fetched & ~aside
 
     def share_of_top(count: Int[Array, "B h"]) -> Float[Array, " B"]:
-        return ((fetched & (rank < count[..., None])).sum(-1) / jnp.maximum(count, 1)).mean(-1)
+        return ((guessed & (rank < count[..., None])).sum(-1) / jnp.maximum(count, 1)).mean(-1)
 
     true = jnp.concatenate([jnp.where(held[:, :, None], logits, NEG_INF), newest[..., None]], axis=-1)
     read = jnp.pad(fetched, ((0, 0), (0, 0), (0, 1)), constant_values=True)
     mass = (jax.nn.softmax(true) * read[:, :, None]).sum(-1)
     return {
-        "precision": share_of_top(size),
-        "recall": share_of_top(near[:, None]),
+        "precision": share_of_top(guessed.sum(-1)),
+        "recall": share_of_top(near[:, None] - aside.sum(-1)),
         "mass_covered": mass.mean((1, 2)),
-        "fetched": size.mean(-1),
+        "fetched": fetched.sum(-1).mean(-1),
         "near": near.astype(jnp.float32),
     }
 

@@ -12,10 +12,11 @@ figures, and STUDY.md where it was written. What is missing is left out, a torn 
 
 import pathlib
 
-from absl import app, flags
+from absl import flags
 
-from kvjax.command import fail, parse_flags
-from kvjax.errors import InputError, KvjaxError
+from kvjax.command import answered, start
+from kvjax.errors import InputError
+from kvjax.files import replace
 from kvjax.report.html import page
 from kvjax.report.html_data import read
 
@@ -33,26 +34,22 @@ def run(directory: pathlib.Path, output: pathlib.Path | None = None) -> pathlib.
     path = output or directory / "report.html"
     if path.is_dir():
         raise InputError(f"--output={path} is a directory; name a file, such as {path / 'report.html'}")
-    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(page(results, path.with_suffix("")))
-        part.replace(path)
+        replace(path, page(results, path.with_suffix("")))
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
     return path
 
 
 def main(argv: list[str]) -> None:
-    try:
+    with answered():
         if len(argv) != 2:
             raise InputError("give one results directory: python -m kvjax.report RESULTS_DIR [--output=PAGE.html]")
         path = run(pathlib.Path(argv[1]), pathlib.Path(FLAGS.output) if FLAGS.output else None)
-    except KvjaxError as error:
-        fail(error)
-    print(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB)")
+        print(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB)")
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=parse_flags)
+    start(main)

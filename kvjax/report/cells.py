@@ -43,7 +43,7 @@ def read_results(directory: pathlib.Path) -> list[Record]:
     files = sorted(directory.glob("*/records.jsonl")) if directory.is_dir() else []
     found: dict[Any, Record] = {}
     for file in files:
-        lines = file.read_text().splitlines()
+        lines = file.read_text("utf-8").splitlines()
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)

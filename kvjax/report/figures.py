@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from kvjax.files import replace
 from kvjax.report.curves import Curve, Record, Summary, by_strategy, curves, finished, number, summary
 
 Scale = Literal["linear", "log"]
@@ -623,7 +624,9 @@ def _save(figure: Figure, stem: pathlib.Path, titles: Mapping[str, str], formats
     """Writes stem.svg, with a <title> for each named artist, and stem.png. Neither holds a date."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     if "png" in formats:
-        figure.savefig(stem.with_name(stem.name + ".png"), dpi=200, metadata={"Software": None})
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=200, metadata={"Software": None})
+        replace(stem.with_name(stem.name + ".png"), image.getvalue())
     if "svg" not in formats:
         return
     text = io.StringIO()
@@ -631,4 +634,4 @@ def _save(figure: Figure, stem: pathlib.Path, titles: Mapping[str, str], formats
     svg = text.getvalue()
     for gid, title in titles.items():
         svg = svg.replace(f'<g id="{gid}">', f'<g id="{gid}"><title>{escape(title, quote=False)}</title>', 1)
-    stem.with_name(stem.name + ".svg").write_text(svg)
+    replace(stem.with_name(stem.name + ".svg"), svg)

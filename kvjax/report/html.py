@@ -68,7 +68,7 @@ def page(results: Results, stem: pathlib.Path | None = None) -> str:
 
 
 def _asset(name: str) -> str:
-    return importlib.resources.files("kvjax.report").joinpath(name).read_text()
+    return importlib.resources.files("kvjax.report").joinpath(name).read_text("utf-8")
 
 
 def _title(results: Results) -> str:
@@ -191,7 +191,7 @@ def _experiment(experiment: Experiment, notes: list[str]) -> str:
 def _svg(experiment: Experiment, figure: Figure) -> str:
     """The figure's file; where it has none, drawn from the records."""
     if figure.file is not None:
-        return (experiment.directory / figure.file).read_text(errors="replace")
+        return (experiment.directory / figure.file).read_text("utf-8", errors="replace")
     x, scale = experiment.x, experiment.x_scale
 
     def draw(stem: pathlib.Path) -> None:
@@ -215,7 +215,7 @@ def _drawn(draw: Callable[[pathlib.Path], None]) -> str:
     with tempfile.TemporaryDirectory() as directory:
         stem = pathlib.Path(directory) / "figure"
         draw(stem)
-        return stem.with_suffix(".svg").read_text()
+        return stem.with_suffix(".svg").read_text("utf-8")
 
 
 def _figure(svg: str, name: str, caption: str, command: str, shown: bool = True) -> str:
@@ -265,7 +265,7 @@ def _across(
     else:
         kept = stem.with_name(f"{stem.name}-{name}")
         draw(records, kept)
-        svg = kept.with_name(kept.name + ".svg").read_text()
+        svg = kept.with_name(kept.name + ".svg").read_text("utf-8")
     image = _figure(svg, name, f"From “{experiment.title}”: {setting}. {caption}", command)
     head = f'<p class="eyebrow">Across strategies</p><h2><a class="anchor" href="#{name}">{title}</a></h2>'
     return name, title, f'<section id="{name}">{head}<p class="question">{question}</p>{image}</section>'
@@ -350,7 +350,7 @@ def _study(results: Results, notes: list[str]) -> tuple[str, list[tuple[str, str
         try:
             if inside and vector.is_file():
                 name = f"study-figure-{len(shown) + 1}"
-                drawn = inline(vector.read_text(), f"{name}-", text)
+                drawn = inline(vector.read_text("utf-8"), f"{name}-", text)
                 shown[source] = name
                 return f'<span class="plot" id="{name}">{drawn}</span>'
         except InputError as error:

@@ -87,7 +87,7 @@ def read(directory: pathlib.Path) -> Results:
     if not any(experiment.records for experiment in experiments):
         raise InputError(f"no whole record in {directory}: every line of its records.jsonl is torn or blank; run the study again")
     study = directory / "STUDY.md"
-    return Results(directory, experiments, study.read_text(errors="replace") if study.is_file() else None)
+    return Results(directory, experiments, study.read_text("utf-8", errors="replace") if study.is_file() else None)
 
 
 def _rank(name: str) -> int:

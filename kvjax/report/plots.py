@@ -1,5 +1,6 @@
 """Figures of a run, from its records."""
 
+import io
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from kvjax.engine.serve import Service
+from kvjax.files import replace
 from kvjax.models.source import model_title
 
 _PURPOSES = (("live", "keys and values", "tab:blue"), ("metadata", "metadata", "tab:orange"), ("empty", "empty", "lightgrey"))
@@ -24,8 +26,7 @@ def overview(records: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         _recall(records, axes[0, 0])
     _bytes(records, axes[0, -1])
     figure.suptitle(f"{model_title(records[0])}, {records[0]['input_len']} tokens of prompt, batch {records[0]['batch_size']}", fontsize=10)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def under_load(records: Sequence[dict[str, Any]], services: Sequence[Service], path: pathlib.Path) -> None:
@@ -52,8 +53,15 @@ def under_load(records: Sequence[dict[str, Any]], services: Sequence[Service], p
     figure.suptitle(
         f"{model_title(first)}, {first['num_prompts']} requests, {first['request_rate']} requests/s, {first['kv_memory']}", fontsize=10
     )
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
+
+
+def _save(figure, path: pathlib.Path) -> None:
+    """Writes the figure whole or not at all."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
     plt.close(figure)
+    replace(path, image.getvalue())
 
 
 def _recall(records, axis) -> None:

@@ -5,9 +5,9 @@ Quality comes as `fidelity_*`, `task_*` and, of policies that speculate, `specul
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import itertools
-import json
 import os
 import pathlib
 import platform
@@ -21,9 +21,19 @@ from kvjax.engine.load import Load
 from kvjax.engine.metrics import TPOT_DEFINITION, Goodput
 from kvjax.engine.offline import Measurement, Workload
 from kvjax.engine.serve import Service
+from kvjax.errors import InputError
+from kvjax.files import dumps, json_lines, replace_all
 from kvjax.models import Model
 
 SCHEMA_VERSION = 1
+
+RECORD, RECORDS, REQUESTS, SERIES, SAMPLES = "record.json", "records.jsonl", "requests.jsonl", "series.jsonl", "samples.txt"
+FIGURES = ("overview.png", "load.png")
+FILES = (RECORD, RECORDS, REQUESTS, SERIES, SAMPLES, *FIGURES)
+"""What a run can write into its directory."""
+
+OF_A_SWEEP = ("records.csv", "other.jsonl", "about.json")
+"""What a directory has in which a sweep keeps its records."""
 
 
 def setting() -> dict[str, Any]:
@@ -113,54 +123,57 @@ def load_record(
     }
 
 
-def write_load(directory: pathlib.Path, records: list[dict[str, Any]], services: list[Service]) -> None:
-    """Writes record.json (one line per strategy), requests.jsonl and series.jsonl into `directory`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / "record.json", "".join(json.dumps(r) + "\n" for r in records))
+def earlier(directory: pathlib.Path) -> list[str]:
+    """The files in `directory` that an earlier run has left. Raises InputError for one that belongs to a sweep."""
+    if mine := [name for name in OF_A_SWEEP if (directory / name).exists()]:
+        raise InputError(f"{directory} is the directory of a sweep (it holds {mine[0]}); choose another one for a run")
+    return [name for name in FILES if (directory / name).exists()]
+
+
+def write_load(directory: pathlib.Path, records: list[dict[str, Any]], services: list[Service], several: bool) -> list[str]:
+    """Writes the records, requests.jsonl and series.jsonl into `directory`; returns the names (see `_write`)."""
     requests, series = [], []
     for record, service in zip(records, services, strict=True):
         for one in service.served:
             gaps = [b - a for a, b in itertools.pairwise(one.token_times)]
-            line = {
-                "strategy": record["strategy"],
-                "request": one.request.index,
-                "input_len": len(one.request.prompt),
-                "output_len": len(one.tokens),
-                "start_time": one.start,
-                "queue_time": one.queue,
-                "ttft": one.token_times[0] - one.start if one.token_times else None,
-                "itls": gaps,
-                "latency": one.token_times[-1] - one.start if one.token_times else None,
-                "output_tokens": one.tokens,
-                "finish_reason": one.reason,
-            }
-            requests.append(json.dumps(line) + "\n")
-        series += [json.dumps({"strategy": record["strategy"], **dataclasses.asdict(s)}) + "\n" for s in service.samples]
-    _replace(directory / "requests.jsonl", "".join(requests))
-    _replace(directory / "series.jsonl", "".join(series))
+            requests.append(
+                {
+                    "strategy": record["strategy"],
+                    "request": one.request.index,
+                    "input_len": len(one.request.prompt),
+                    "output_len": len(one.tokens),
+                    "start_time": one.start,
+                    "queue_time": one.queue,
+                    "ttft": one.token_times[0] - one.start if one.token_times else None,
+                    "itls": gaps,
+                    "latency": one.token_times[-1] - one.start if one.token_times else None,
+                    "output_tokens": one.tokens,
+                    "finish_reason": one.reason,
+                }
+            )
+        series += [{"strategy": record["strategy"], **dataclasses.asdict(s)} for s in service.samples]
+    return _write(directory, records, several, {REQUESTS: json_lines(requests), SERIES: json_lines(series)})
 
 
 def write(
-    directory: pathlib.Path, records: list[dict[str, Any]], measurements: list[Measurement], workload: Workload, model: Model
-) -> None:
-    """Writes record.json (one line per strategy), requests.jsonl and samples.txt into `directory`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / "record.json", "".join(json.dumps(r) + "\n" for r in records))
-    lines = []
-    for measurement in measurements:
-        for index, (timeline, tokens) in enumerate(zip(measurement.timelines, measurement.samples, strict=True)):
-            request = {
-                "strategy": measurement.strategy,
-                "request": index,
-                "input_len": timeline.input_tokens,
-                "output_len": len(tokens),
-                "ttft": timeline.ttft,
-                "itls": timeline.itls,
-                "latency": timeline.e2el,
-                "output_tokens": tokens,
-            }
-            lines.append(json.dumps(request) + "\n")
-    _replace(directory / "requests.jsonl", "".join(lines))
+    directory: pathlib.Path, records: list[dict[str, Any]], measurements: list[Measurement], workload: Workload, model: Model, several: bool
+) -> list[str]:
+    """Writes the records, requests.jsonl and samples.txt into `directory`; returns the names (see `_write`)."""
+    requests = [
+        {
+            "strategy": measurement.strategy,
+            "request": index,
+            "input_len": timeline.input_tokens,
+            "output_len": len(tokens),
+            "ttft": timeline.ttft,
+            "itls": timeline.itls,
+            "latency": timeline.e2el,
+            "output_tokens": tokens,
+        }
+        for measurement in measurements
+        for index, (timeline, tokens) in enumerate(zip(measurement.timelines, measurement.samples, strict=True))
+    ]
+    texts = {REQUESTS: json_lines(requests)}
     if model.tokenizer is not None:
         text = []
         for measurement in measurements:
@@ -169,16 +182,25 @@ def write(
                 text.append(
                     f"=== {measurement.strategy}, request {index}\n...{prompt}\n--- generated\n{model.tokenizer.decode(tokens)}\n\n"
                 )
-        _replace(directory / "samples.txt", "".join(text))
+        texts[SAMPLES] = "".join(text)
+    return _write(directory, records, several, texts)
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(text)
-    part.replace(path)
+def _write(directory: pathlib.Path, records: list[dict[str, Any]], several: bool, texts: dict[str, str]) -> list[str]:
+    """Writes all files of a run or none, and takes away what an earlier run had left; returns the names that are there now.
+
+    `several`: of a comparison, whose records are JSON lines in records.jsonl; otherwise there is one, in record.json.
+    """
+    first = {RECORDS: json_lines(records)} if several else {RECORD: dumps(records[0]) + "\n"}
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_all({directory / name: text for name, text in (first | texts).items()})
+    for name in FILES:
+        if name not in first and name not in texts:
+            (directory / name).unlink(missing_ok=True)
+    return [*first, *texts]
 
 
+@functools.cache
 def _commit() -> str | None:
     """The git commit of the source tree kvjax runs from, `-dirty` when it has changes; None outside a checkout."""
     root = pathlib.Path(__file__).resolve().parents[2]
@@ -189,6 +211,7 @@ def _commit() -> str | None:
             text=True,
             timeout=10,
             check=True,
+            start_new_session=True,  # where Ctrl-C does not reach it
         )
     except (OSError, subprocess.SubprocessError):
         return None

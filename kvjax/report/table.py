@@ -48,7 +48,12 @@ def show(records: Sequence[Record], console: Console) -> None:
 
 
 def _number(key: str, pattern: str) -> Callable[[Record], str]:
-    return lambda record: "" if record.get(key) is None else pattern.format(record[key])
+    return lambda record: "" if record.get(key) is None else _formatted(pattern, record[key])
+
+
+def _formatted(pattern: str, value: Any) -> str:
+    """A number by its pattern; "inf", as records have it, as it stands."""
+    return value if isinstance(value, str) else pattern.format(value)
 
 
 def _percent(key: str) -> Callable[[Record], str]:
@@ -64,6 +69,8 @@ def _estimate(key: str, pattern: str, scale: float = 1.0) -> Callable[[Record], 
         if record.get(key) is None:
             return ""
         error = record[f"{key}_se"]
+        if isinstance(record[key], str) or isinstance(error, str):
+            return f"{record[key]} ± {error}"
         plain = pattern.replace("+", "")
         return pattern.format(scale * record[key]) + ("" if error is None else f" ± {plain.format(scale * error)}")
 

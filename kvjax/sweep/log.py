@@ -6,6 +6,7 @@ a last line without its end; `mend` drops it (or gives it the newline that alone
 
 import csv
 import errno
+import io
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kvjax.errors import InputError
+from kvjax.files import dumps, json_lines, replace
 
 Record = dict[str, Any]
 
@@ -59,7 +61,7 @@ def _parsed(line: bytes) -> Record | None:
 
 def append(path: pathlib.Path, record: Record) -> None:
     """Adds one record: one write, on the disk when this returns. Where it does not fit on the disk, the file stays as it was."""
-    line = (json.dumps(record, allow_nan=False) + "\n").encode()
+    line = (dumps(record) + "\n").encode()
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         before = os.fstat(handle).st_size
@@ -73,17 +75,7 @@ def append(path: pathlib.Path, record: Record) -> None:
 
 def write(path: pathlib.Path, records: Iterable[Record]) -> None:
     """Replaces the file, whole or not at all."""
-    replace(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
-
-
-def replace(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all, to the disk."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    replace(path, json_lines(records))
 
 
 def latest(records: Iterable[Record]) -> dict[str, Record]:
@@ -98,12 +90,11 @@ def write_csv(path: pathlib.Path, records: Sequence[Record]) -> None:
     """The records as a table, a row each, without samples; what the cell declares stands under `cell.<name>`."""
     rows = [flat(record) for record in records]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(path)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace(path, table.getvalue())
 
 
 def flat(record: Record) -> Record:

@@ -7,23 +7,20 @@ was at, and nothing else. The same call goes on from there. A cell that failed i
 later run tries it again, once. Records of cells that the grid does not have (a smaller grid's, say) wait in other.jsonl until it does.
 """
 
-import dataclasses
-import math
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import numpy as np
 from jax.errors import JaxRuntimeError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvjax.errors import InputError, KvjaxError, MemoryLimitError
+from kvjax.files import plain
+from kvjax.lock import locked
 from kvjax.sweep import log
 from kvjax.sweep.cells import Cell, cell_id, checked, in_turns
-from kvjax.sweep.lock import locked
 from kvjax.sweep.log import Record
 
 Measure = Callable[[Cell], Record]
@@ -136,21 +133,6 @@ def one_line(problem: BaseException) -> str:
     """What went wrong, in a line; of an error that kvjax did not foresee, with its type."""
     text = " ".join(str(problem).split())[:LONGEST_ERROR]
     return text if isinstance(problem, KvjaxError) and text else f"{type(problem).__name__}: {text}"
-
-
-def plain(value: Any) -> Any:
-    """The same in JSON's own types: arrays are lists, an infinite number is "inf", what is no number is None."""
-    if isinstance(value, dict):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else f"{value}"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(dataclasses.asdict(value))
-    return value
 
 
 def title(cell: Cell) -> str:

@@ -220,14 +220,15 @@ def _selected(strategy: Strategy, tokens: Tokens, row: int, at: int, held: list[
     assert found is not None
     keys = np.einsum("sad,adp->asp", tokens.k[row], np.asarray(found.key))  # of all tokens, so that every step has the same shapes
     guess = np.einsum("agp,asp->ags", np.asarray(queries)[0], keys)
-    visible = np.zeros((SHAPE.num_kv_heads, tokens.length), bool)
+    position = np.full((SHAPE.num_kv_heads, tokens.length), -1, np.int32)
     for head in range(SHAPE.num_kv_heads):
-        visible[head, [p for p in held[head] if p < at]] = True
-    slot, count = strategy.policy.select(jnp.asarray(guess[None]), jnp.asarray(visible[None]), jnp.asarray([at], jnp.int32))
-    chosen = np.zeros_like(visible)
+        stored = [p for p in held[head] if p < at]
+        position[head, stored] = stored
+    slot, count = strategy.policy.select(jnp.asarray(guess[None]), jnp.asarray(position[None]), jnp.asarray([at], jnp.int32))
+    chosen = np.zeros(position.shape, bool)
     for head in range(SHAPE.num_kv_heads):
         chosen[head, np.asarray(slot)[0, head, : int(count[0])]] = True
-    chosen &= visible
+    chosen &= position >= 0
     chosen[:, at] = True
     return chosen[:, : at + 1]
 

@@ -35,6 +35,9 @@ CASES = {
         "budget_holds_and_nothing_returns", "protected_survive_ties", "bounded_chunks_stay_bounded",
     ),
     ("infinigen(alpha=2,pool=12,victim=fifo,full_layers=0)", "device"): ("protected_survive_ties",),
+    ("infinigen(alpha=1,budget=9,sinks=2,recent=3,pool=14,full_layers=0)", "jit"): (
+        "equals_masked_full_attention", "budget_holds_and_nothing_returns", "unused_memory_never_leaks",
+    ),
 }  # fmt: skip
 
 
@@ -47,28 +50,49 @@ def test_conforms(spec, transfer):
 # ------------------------------------------------------------------------------------------------------------- what the rule selects
 
 
-def naive_counts(policy: InfiniGen, joined: np.ndarray, visible: np.ndarray) -> list[int]:
-    """Tokens read per row, [B, Hkv, C] in float64 (algorithms: threshold, mean over heads, cap, at least one)."""
-    near = np.zeros(joined.shape[:2], int)
-    for row in range(joined.shape[0]):
-        for head in range(joined.shape[1]):
-            seen = joined[row, head][visible[row, head]]
-            near[row, head] = sum(x > seen.max() - policy.alpha or x == seen.max() for x in seen) if seen.size else 0
+def most_read(policy: InfiniGen, held: int) -> int:
+    return min(policy.budget, held) if isinstance(policy.budget, int) else min(held, max(1, math.floor(policy.budget * held + 1e-9)))
+
+
+def set_aside(policy: InfiniGen, positions, length: int, most: int) -> set[int]:
+    """Of these positions those that are always read: the first ones and the last of `length`, half of `most` together at most."""
+    sinks = min(policy.sinks, most // 2)
+    recent = min(policy.recent, most // 2 - sinks)
+    return {p for p in positions if p < sinks or length - recent <= p < length}
+
+
+def naive_selection(policy: InfiniGen, logits: list[list[dict[int, float]]], lengths: list[int]) -> list[tuple[int, list[list[int]]]]:
+    """Per row how many tokens are read, and per kv head all positions in the order of their wanting.
+
+    Args:
+      logits: per row and kv head, position -> joined logit of the tokens held.
+    """
+    rows = []
+    for heads, length in zip(logits, lengths, strict=True):
+        most, counts, orders = most_read(policy, len(heads[0])), [], []
+        for by_position in heads:
+            fixed = set_aside(policy, by_position, length, most)
+            rest = sorted((p for p in by_position if p not in fixed), key=lambda p: (-by_position[p], p))
+            highest = by_position[rest[0]] if rest else 0.0
+            near = sum(by_position[p] > highest - policy.alpha or by_position[p] == highest for p in rest)
+            counts.append(near + len(fixed))
+            orders.append(sorted(fixed) + rest)
+        rows.append((most, counts, orders))
+    every = [n for _, counts, _ in rows for n in counts]
     found = []
-    for row in range(joined.shape[0]):
-        every = near[row] if policy.count == "request" else near.reshape(-1)
-        held = int(visible[row, 0].sum())
-        cap = min(policy.budget, held) if isinstance(policy.budget, int) else max(1, math.floor(policy.budget * held + 1e-9))
-        found.append(0 if held == 0 else max(1, min(sum(map(int, every)) // every.size, cap)))
+    for most, counts, orders in rows:
+        mean = sum(every) // len(every) if policy.count == "batch" else sum(counts) // len(counts)
+        found.append((max(min(1, most), min(mean, most)), orders))
     return found
 
 
 RULES = [
-    InfiniGen(alpha=2.0, budget=8),
-    InfiniGen(alpha=3.5, budget=0.3),
-    InfiniGen(alpha=2.0, budget=0.9, count="batch"),
-    InfiniGen(alpha=2.0, budget=0.9, group="mean"),
-    InfiniGen(alpha=0.0, budget=8),
+    InfiniGen(alpha=2.0, budget=8, sinks=0, recent=0),
+    InfiniGen(alpha=3.5, budget=0.3, sinks=1, recent=2),
+    InfiniGen(alpha=2.0, budget=0.9, count="batch", sinks=2, recent=0),
+    InfiniGen(alpha=2.0, budget=0.9, group="mean", sinks=0, recent=4),
+    InfiniGen(alpha=0.0, budget=8, sinks=1, recent=1),
+    InfiniGen(alpha=1.0, budget=9),  # half of 9 is less than the sinks and the recent
     InfiniGen(alpha=math.inf, budget=1.0),
 ]
 
@@ -76,20 +100,37 @@ RULES = [
 @pytest.mark.parametrize("policy", RULES, ids=lambda policy: policy.describe())
 def test_selection_is_the_rule_ties_included(policy):
     """Logits in steps of a half, so that many are equal and some lie on the threshold itself; ties go to the lower slot."""
-    select = jax.jit(policy.select)
+    select, always = jax.jit(policy.select), jax.jit(policy.always_read)
     rng = np.random.default_rng()
     for _ in range(20):
         guess = rng.integers(-8, 9, (4, 3, 2, 20)) / 2
         held = np.array([20, 13, 1, 0])
-        visible = np.stack([[rng.permutation(20) < n for _ in range(3)] for n in held])
-        guess = np.where(visible[:, :, None], guess, np.nan)  # partial keys of empty slots may be anything
-        slot, count = select(jnp.asarray(guess, jnp.float32), jnp.asarray(visible), jnp.asarray(held + 7))  # 7 are gone
+        position = np.full((4, 3, 20), -1)
+        for row, head in np.ndindex(4, 3):  # 7 tokens are gone, of every head its own; slots stand in the order of positions
+            slots, kept = (np.sort(rng.permutation(n)[: held[row]]) for n in (20, held[row] + 7))
+            position[row, head, slots] = kept
+        guess = np.where(position[:, :, None] >= 0, guess, np.nan)  # partial keys of empty slots may be anything
+        arguments = jnp.asarray(position), jnp.asarray(held + 7)
+        slot, count = select(jnp.asarray(guess, jnp.float32), *arguments)
         joined = guess.max(2) if policy.group == "max" else guess.mean(2)
-        assert count.tolist() == naive_counts(policy, joined, visible)
-        for row in range(4):
-            for head in range(3):
-                order = sorted(np.flatnonzero(visible[row, head]), key=lambda j: (-joined[row, head, j], j))
-                assert slot[row, head, : count[row]].tolist() == order[: count[row]]
+        logits = [[{p: joined[b, h, c] for c, p in enumerate(position[b, h]) if p >= 0} for h in range(3)] for b in range(4)]
+        naive = naive_selection(policy, logits, (held + 7).tolist())
+        assert count.tolist() == [n for n, _ in naive]
+        for row, head in np.ndindex(4, 3):
+            n, orders = naive[row]
+            assert position[row, head, slot[row, head, :n]].tolist() == orders[head][:n]
+            fixed = set_aside(policy, logits[row][head], held[row] + 7, most_read(policy, held[row]))
+            assert set(position[row, head, np.asarray(always(*arguments))[row, head]]) == fixed
+
+
+def test_a_sink_no_longer_sets_the_threshold():
+    """One logit stands 9 above all others: the published rule reads that token alone, the default one reads what is near the next."""
+    guess = jnp.where(jnp.arange(40) == 0, 9.0, jnp.where(jnp.arange(40) % 4 == 1, 0.0, -5.0))[None, None, None]
+    position, length = jnp.arange(40)[None, None], jnp.array([40])
+    assert InfiniGen(sinks=0, recent=0, budget=30).select(guess, position, length)[1].tolist() == [1]
+    slot, count = InfiniGen(sinks=1, recent=4, alpha=4.0, budget=30).select(guess, position, length)
+    assert count.tolist() == [1 + 4 + 9]
+    assert slot[0, 0, :14].tolist() == [0, 36, 37, 38, 39, *range(1, 36, 4)]
 
 
 def test_mean_of_equal_counts_is_that_count():
@@ -97,20 +138,20 @@ def test_mean_of_equal_counts_is_that_count():
     for heads in (41, 47):
         counts = jnp.array([1, 2, 4, 8])
         guess = jnp.broadcast_to(jnp.where(jnp.arange(10) < counts[:, None, None, None], 0.0, -9.0), (4, heads, 1, 10))
-        everything = jax.jit(jax.vmap(InfiniGen(budget=10).select))  # a batch of one each
-        _, found = everything(guess[:, None], jnp.ones((4, 1, 1, 10), bool), jnp.full((4, 1), 10))
-        assert found[:, 0].tolist() == counts.tolist()
-        everything = jax.jit(jax.vmap(InfiniGen(budget=10, count="batch").select))
-        _, found = everything(guess[:, None], jnp.ones((4, 1, 1, 10), bool), jnp.full((4, 1), 10))
-        assert found[:, 0].tolist() == counts.tolist()
+        position, plain = jnp.broadcast_to(jnp.arange(10), (4, 1, 1, 10)), InfiniGen(budget=10, sinks=0, recent=0)
+        for policy in (plain, dataclasses.replace(plain, count="batch")):
+            everything = jax.jit(jax.vmap(policy.select))  # a batch of one each
+            _, found = everything(guess[:, None], position, jnp.full((4, 1), 10))
+            assert found[:, 0].tolist() == counts.tolist()
 
 
 def test_one_mean_serves_the_batch_only_where_that_is_asked_for():
     near = jnp.array([10, 2])  # tokens close to the highest, of 10
     guess = jnp.where(jnp.arange(10) < near[:, None, None, None], 0.0, -9.0)
-    visible, length = jnp.ones((2, 1, 10), bool), jnp.array([10, 10])
-    assert InfiniGen(budget=10).select(guess, visible, length)[1].tolist() == [10, 2]
-    assert InfiniGen(budget=10, count="batch").select(guess, visible, length)[1].tolist() == [6, 6]
+    position, length = jnp.broadcast_to(jnp.arange(10), (2, 1, 10)), jnp.array([10, 10])
+    policy = InfiniGen(budget=10, sinks=0, recent=0)
+    assert policy.select(guess, position, length)[1].tolist() == [10, 2]
+    assert dataclasses.replace(policy, count="batch").select(guess, position, length)[1].tolist() == [6, 6]
 
 
 @pytest.mark.parametrize(
@@ -229,12 +270,22 @@ class Oracle:
 MARGIN = 1e-4
 """Where a guessed logit lies closer than this to the threshold, or two at the cut lie closer together, float32 may decide otherwise."""
 
+
+def clearly(policy: InfiniGen, by_position: dict[int, float], length: int) -> bool:
+    """Whether no logit of a kv head lies on its threshold."""
+    fixed = set_aside(policy, by_position, length, most_read(policy, len(by_position)))
+    rest = np.array([x for p, x in by_position.items() if p not in fixed])
+    return not rest.size or np.abs(rest - rest.max() + policy.alpha).min() > MARGIN
+
+
 STEPS, LENGTHS = 8, np.array([26, 15, 3])
 STYLES: dict[str, InfiniGen] = {
-    "opt": InfiniGen(alpha=2.0, partial=0.5, budget=16, full_layers=1),
-    "llama-mha": InfiniGen(alpha=2.0, partial=0.3, budget=0.8, columns="union", full_layers=0),
-    "llama-gqa": InfiniGen(alpha=1.5, partial=0.4, budget=0.7, columns="query", skew=False, group="mean", count="batch", full_layers=1),
-    "qwen3-gqa": InfiniGen(alpha=2.5, partial=0.4, budget=9, pool=12, victim="lru", full_layers=1),
+    "opt": InfiniGen(alpha=2.0, partial=0.5, budget=16, sinks=2, recent=3, full_layers=1),
+    "llama-mha": InfiniGen(alpha=2.0, partial=0.3, budget=0.8, sinks=0, recent=0, columns="union", full_layers=0),
+    "llama-gqa": InfiniGen(
+        alpha=1.5, partial=0.4, budget=0.7, sinks=1, recent=0, columns="query", skew=False, group="mean", count="batch", full_layers=1
+    ),
+    "qwen3-gqa": InfiniGen(alpha=2.5, partial=0.4, budget=9, sinks=1, recent=2, pool=12, victim="lru", full_layers=1),
 }
 
 
@@ -291,26 +342,27 @@ def test_what_is_read_is_what_the_oracle_says(style, byte_model, opt_model):
                 assert all(read[b][h] - {-1} == set(held[b][h].tolist()) for b in range(3) for h in range(len(held[b])) if active[b])
                 continue
             guesses = [oracle.guess(layer, inputs[layer - 1][b], history[layer][b], held[b]) for b in range(3)]
-            near = [[int((g > g.max() - policy.alpha).sum()) for g in row] for row in guesses]
-            clear = [all(np.abs(g - g.max() + policy.alpha).min() > MARGIN for g in row) for row in guesses]
+            logits = [
+                [dict(zip(positions.tolist(), guess.tolist(), strict=True)) for positions, guess in zip(*row, strict=True)]
+                for row in zip(held, guesses, strict=True)
+            ]
+            naive = naive_selection(policy, logits, at.tolist())
+            clear = [all(clearly(policy, by_position, int(at[b])) for by_position in logits[b]) for b in range(3)]
             for b in range(3):
                 if not active[b]:
                     assert read[b] == [set()] * config.num_kv_heads
                     continue
-                every = near[b] if policy.count == "request" else [n for row in near for n in row]
-                share, tokens_held = policy.budget, len(held[b][0])
-                cap = min(share, tokens_held) if isinstance(share, int) else max(1, int(share * tokens_held + 1e-9))
-                count = max(1, min(int(np.mean(every)), cap))
-                below, rows = below + (count < cap), rows + 1
-                for h, guess in enumerate(guesses[b]):
-                    order = np.argsort(-guess, kind="stable")
-                    gap = guess[order[count - 1]] - guess[order[count]] if count < len(order) else np.inf
+                count, orders = naive[b]
+                below, rows = below + (count < most_read(policy, len(held[b][0]))), rows + 1
+                for h, order in enumerate(orders):
+                    gap = np.inf
+                    if count < len(order) and order[count - 1] not in set_aside(policy, order, at[b], most_read(policy, len(order))):
+                        gap = logits[b][h][order[count - 1]] - logits[b][h][order[count]]
                     if gap <= MARGIN or not (clear[b] if policy.count == "request" else all(clear)):
                         unclear += 1
                         continue
                     compared += 1
-                    want = set(held[b][h][order[:count]].tolist())
-                    assert read[b][h] == want, f"layer {layer}, step {step}, row {b}, head {h}"
+                    assert read[b][h] == set(order[:count]), f"layer {layer}, step {step}, row {b}, head {h}"
         history = [
             [np.vstack([old, x[b]]) if active[b] else old for b, old in enumerate(rows)] for rows, x in zip(history, inputs, strict=True)
         ]
@@ -396,14 +448,17 @@ def noted_step(policy, kv, q, k, v, active):
 
 
 @pytest.mark.parametrize("policy", [
-    InfiniGen(alpha=1.5, budget=6, pool=20, victim="counter", full_layers=0),
-    InfiniGen(alpha=1.5, budget=6, pool=0.5, victim="lru", full_layers=0),
-    InfiniGen(alpha=1.5, budget=6, pool=20, victim="fifo", full_layers=0),
-], ids=lambda policy: policy.victim)  # fmt: skip
+    InfiniGen(alpha=1.5, budget=6, sinks=0, recent=0, pool=20, victim="counter", full_layers=0),
+    InfiniGen(alpha=1.5, budget=6, sinks=0, recent=0, pool=0.5, victim="lru", full_layers=0),
+    InfiniGen(alpha=1.5, budget=6, sinks=0, recent=0, pool=20, victim="fifo", full_layers=0),
+    InfiniGen(alpha=1.5, budget=6, sinks=2, recent=3, pool=20, victim="counter", full_layers=0),
+    InfiniGen(alpha=1.5, budget=6, sinks=1, recent=20, pool=0.5, victim="fifo", full_layers=0),
+], ids=lambda policy: f"{policy.victim}-{policy.sinks}-{policy.recent}")  # fmt: skip
 def test_victims_are_those_of_a_naive_book(policy):
     """A victim per head and step once the pool is full, never the newcomer, never one twice; what is gone is not fetched again.
 
-    The book: how often a token was fetched and when last, its own step included; between equals the oldest goes.
+    The book: how often a token was fetched and when last, its own step included; between equals the oldest goes. Sinks and the recent stay,
+    as far as half of the pool has room for them.
     """
     lengths, steps = np.array([37, 20]), 150
     tokens = random_tokens(np.random.default_rng(5), 2, int(lengths.max()) + steps, sharpness=3.0)
@@ -413,9 +468,13 @@ def test_victims_are_those_of_a_naive_book(policy):
     _, kv = prefill_call(strategy, True, kv, *(x[:, :37] for x in (tokens.q, tokens.k, tokens.v)), valid)
     limits = [20, 20] if policy.pool == 20 else [18, 10]
     heads = [(row, head) for row in range(2) for head in range(SHAPE.num_kv_heads)]
-    held = {rh: dict.fromkeys(range(max(0, lengths[rh[0]] - limits[rh[0]]), lengths[rh[0]]), (0, 0)) for rh in heads}
+    sinks = policy.sinks
+    held, dropped = {}, {}
+    for row, head in heads:  # the statistics of a prompt's tokens are equal
+        length = int(lengths[row])
+        kept_first = set(range(sinks)) | set(range(max(sinks, length - limits[row] + sinks), length))
+        held[row, head], dropped[row, head] = dict.fromkeys(sorted(kept_first), (0, 0)), set(range(length)) - kept_first
     gone: dict = {rh: [] for rh in heads}
-    dropped: dict = {rh: set(range(min(held[rh]))) for rh in heads}
     for step in range(steps):
         where = np.asarray(kv.layers[0].position)
         for row, head in heads:
@@ -435,7 +494,8 @@ def test_victims_are_those_of_a_naive_book(policy):
                 book[position] = (book[position][0] + 1, new)
             if len(book) > limits[row]:
                 rank = {"counter": lambda p: (book[p][0], p), "lru": lambda p: (book[p][1], p), "fifo": lambda p: p}[policy.victim]  # noqa: B023
-                victim = min((p for p in book if p != new), key=rank)
+                fixed = set_aside(policy, book, new + 1, limits[row]) | {new}
+                victim = min((p for p in book if p not in fixed), key=rank)
                 del book[victim]
                 gone[row, head].append(victim)
     for row, head in heads:
@@ -448,7 +508,7 @@ def test_victims_are_those_of_a_naive_book(policy):
 @pytest.mark.parametrize("victim", ["counter", "lru"])
 def test_where_everything_is_read_the_oldest_goes(victim):
     """Every token is used in every step there, so the count would be the age and the newest token the least used."""
-    strategy = Strategy(InfiniGen(pool=12, victim=victim, full_layers=1), HostStore("device"))
+    strategy = Strategy(InfiniGen(sinks=0, recent=0, pool=12, victim=victim, full_layers=1), HostStore("device"))
     kv = run(strategy, random_tokens(np.random.default_rng(0), 2, 45), np.array([37, 20]), 8).states[-1]
     for row, newest in enumerate((44, 27)):
         assert set(kept(kv, row, 0)) == set(range(newest - 11, newest + 1))
@@ -506,8 +566,11 @@ def test_books_of_a_selected_fetch_against_a_hand_count():
         ({"pool": 0}, "pool=0 keeps nothing; give tokens or a fraction of the prompt, or leave it out"),
         ({"pool": -3}, "pool=-3 is negative"),
         ({"victim": "random"}, "victim=random does not exist; choose from counter, lru, fifo"),
-        ({"full_layers": -1}, "full_layers=-1 is not a number of at least 0"),
+        ({"full_layers": -1}, "full_layers=-1 is not a number of layers"),
         ({"full_layers": 1.5}, "full_layers=1.5 is not a number of layers"),
+        ({"sinks": -1}, "sinks=-1 is not a number of tokens, 0 or more"),
+        ({"sinks": 0.1}, "sinks=0.1 is not a number of tokens"),
+        ({"recent": True}, "recent=True is not a number of tokens"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()),
 )

@@ -126,7 +126,12 @@ def test_only_the_rule_itself_is_fused(policy):
 
 @pytest.mark.parametrize(
     "policy",
-    [InfiniGen(alpha=2.0, budget=8), InfiniGen(alpha=3.5, budget=0.3), InfiniGen(alpha=np.inf, budget=1.0)],
+    [
+        InfiniGen(alpha=2.0, budget=8, sinks=0, recent=0),
+        InfiniGen(alpha=3.5, budget=0.3, sinks=2, recent=5),
+        InfiniGen(alpha=np.inf, budget=1.0),
+        InfiniGen(alpha=1.0, budget=0.3, recent=70),
+    ],
     ids=lambda policy: policy.describe(),
 )
 def test_infinigen_chooses_the_same_slots(policy):
@@ -155,14 +160,16 @@ def test_infinigen_chooses_the_same_slots(policy):
 def test_only_the_published_selection_is_fused():
     @dataclasses.dataclass(frozen=True)
     class Greedy(InfiniGen):
-        def select(self, guess, visible, length):
-            return super().select(guess, visible, length + 1)
+        def select(self, guess, position, length):
+            return super().select(guess, position, length + 1)
 
-    held = jnp.array([50])
+    position = jnp.where(jnp.arange(128) < 50, jnp.arange(128), -1)[None, None]
+    length = jnp.array([50])
     for policy in (Greedy(), InfiniGen(count="batch"), InfiniGen(group="mean"), InfiniGen(alpha=0.0)):
-        assert policy.fused_selection(held, 128) is None
-    alpha, most, limit = InfiniGen(alpha=5, budget=0.2).fused_selection(held, 128)
-    assert (alpha, most.tolist(), limit) == (5.0, [10], 25)
+        assert policy.fused_selection(position, length) is None
+    alpha, most, limit, always = InfiniGen(alpha=5, budget=0.2, sinks=2, recent=2).fused_selection(position, length)
+    assert (alpha, most.tolist(), limit, np.flatnonzero(always).tolist()) == (5.0, [10], 25, [0, 1, 48, 49])
+    assert InfiniGen(sinks=0, recent=0).fused_selection(position, length).always is None
 
 
 # --------------------------------------------------------------------------------------------------------------- which store it is

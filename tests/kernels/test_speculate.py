@@ -23,10 +23,10 @@ class TestSpeculate:
     def test_logits_of_any_numbers(self, dtype, implementation, rng):
         """The maximum is a logit, to float32; the slots chosen are in its order, to float32."""
         case = Case(dtype=dtype, dim=25, alpha=99, limit=256, heads=1, counts=(256, 100))
-        q, keys, visible, cap = problem(case, rng)
+        q, keys, visible, cap, always = problem(case, rng)
         q, keys = (rng.normal(size=x.shape).astype(x.dtype) for x in (q, keys))
-        found = call(case, (q, keys, visible, cap), implementation)
-        want = reference.speculate(q, keys, visible, cap, case.alpha, case.limit)
+        found = call(case, (q, keys, visible, cap, always), implementation)
+        want = reference.speculate(q, keys, visible, cap, always, case.alpha, case.limit)
         np.testing.assert_allclose(found.maximum, want.maximum, atol=2e-5, rtol=0)
         np.testing.assert_array_equal(found.count, want.count)
         np.testing.assert_array_equal(found.above, want.above)
@@ -39,13 +39,24 @@ class TestSpeculate:
     def test_reference_counts_as_the_paper_does(self):
         """By hand: logits 9 8 5 5 1 and 3 0 0 0 0, threshold 4 below: 2 + 0.5 of two heads is (4 + 5) / 2 = 4."""
         logits = np.array([[9, 8, 5, 5, 1], [3, 0, 0, 0, 0]], np.float32)
-        found = reference.speculate(
-            np.ones((1, 2, 1, 1), np.float32), logits[None, :, None], np.ones((1, 1, 5), bool), np.array([9]), 4.5, 5
-        )
+        arguments = np.ones((1, 2, 1, 1), np.float32), logits[None, :, None], np.ones((1, 1, 5), bool), np.array([9])
+        found = reference.speculate(*arguments, None, 4.5, 5)
         assert found.above.tolist() == [[4, 5]]
         assert found.count.tolist() == [4]
         assert found.index.tolist() == [[[0, 1, 2, 3, 5], [0, 1, 2, 3, 5]]]
         assert found.maximum.tolist() == [[9, 3]]
+
+    def test_reference_sets_aside_what_is_always_fetched(self):
+        """By hand: without slot 0 the maxima are 8 and 0, with 3 and 4 slots within 4.5; (4 + 5) / 2 = 4 are fetched, slot 0 first."""
+        logits = np.array([[9, 8, 5, 5, 1], [3, 0, 0, 0, 0]], np.float32)
+        always = np.arange(5) == 0
+        found = reference.speculate(
+            np.ones((1, 2, 1, 1), np.float32), logits[None, :, None], np.ones((1, 1, 5), bool), np.array([9]), always[None, None], 4.5, 5
+        )
+        assert found.above.tolist() == [[3, 4]]
+        assert found.count.tolist() == [4]
+        assert found.index.tolist() == [[[0, 1, 2, 3, 5], [0, 1, 2, 3, 5]]]
+        assert found.maximum.tolist() == [[8, 0]]
 
     @pytest.mark.parametrize(
         ("case", "reason"),
@@ -57,12 +68,14 @@ class TestSpeculate:
         verify(case, rng, "xla")
 
     def test_wrong_shapes_are_refused(self, rng):
-        q, keys, visible, cap = problem(Case(), rng)
+        q, keys, visible, cap, always = problem(Case(always=3), rng)
         how = dict(alpha=4.0, limit=8)
         with pytest.raises(ValueError, match="does not fit partial keys"):
             speculate(q[..., 1:], keys, visible, cap, **how)
         with pytest.raises(ValueError, match="visible"):
             speculate(q, keys, visible[..., 1:], cap, **how)
+        with pytest.raises(ValueError, match="always"):
+            speculate(q, keys, visible, cap, always[..., 1:], **how)
         with pytest.raises(ValueError, match="not one number for each of 6 rows"):
             speculate(q, keys, visible, cap[1:], **how)
         for limit in (0, 257):
@@ -78,26 +91,40 @@ class TestTheTestsCanFail:
         return speculate(q[:, :, :1], *rest, **how)
 
     @staticmethod
-    def sees_every_slot(q, keys, visible, cap, **how):
-        return speculate(q, jnp.nan_to_num(keys), visible | True, cap, **how)
+    def sees_every_slot(q, keys, visible, *rest, **how):
+        return speculate(q, jnp.nan_to_num(keys), visible | True, *rest, **how)
 
     @staticmethod
-    def has_no_cap(q, keys, visible, cap, **how):
-        return speculate(q, keys, visible, cap + 1000, **how)
+    def has_no_cap(q, keys, visible, cap, *rest, **how):
+        return speculate(q, keys, visible, cap + 1000, *rest, **how)
 
     @staticmethod
-    def counts_the_threshold_too(q, keys, visible, cap, alpha, **how):
-        return speculate(q, keys, visible, cap, alpha=alpha + 0.5, **how)
+    def counts_the_threshold_too(*arguments, alpha, **how):
+        return speculate(*arguments, alpha=alpha + 0.5, **how)
 
     @staticmethod
-    def prefers_the_higher_slot(q, keys, visible, cap, **how):
-        found = speculate(q, keys[..., ::-1], visible[..., ::-1], cap, **how)
+    def prefers_the_higher_slot(q, keys, visible, cap, always, **how):
+        found = speculate(q, keys[..., ::-1], visible[..., ::-1], cap, None if always is None else always[..., ::-1], **how)
         return dataclasses.replace(found, index=jnp.where(found.index == keys.shape[-1], keys.shape[-1], keys.shape[-1] - 1 - found.index))
 
     @staticmethod
-    def counts_a_head_at_a_time(q, keys, visible, cap, **how):
-        found = speculate(q, keys, visible, cap, **how)
+    def counts_a_head_at_a_time(*arguments, **how):
+        found = speculate(*arguments, **how)
         return dataclasses.replace(found, count=found.above.max(-1))
+
+    @staticmethod
+    def fetches_nothing_always(q, keys, visible, cap, always, **how):
+        return speculate(q, jnp.nan_to_num(keys), visible, cap, **how)
+
+    @staticmethod
+    def leaves_out_what_is_always_fetched(q, keys, visible, cap, always, **how):
+        return speculate(q, keys, visible & ~always, cap, **how)
+
+    @staticmethod
+    def fetches_what_is_not_there(q, keys, visible, cap, always, **how):
+        return speculate(q, keys, visible | always, cap, always, **how)
+
+    SETTING_ASIDE = fetches_nothing_always, leaves_out_what_is_always_fetched, fetches_what_is_not_there
 
     MUTANTS = (
         joins_a_group_by_its_first_head, sees_every_slot, has_no_cap, counts_the_threshold_too, prefers_the_higher_slot,
@@ -108,6 +135,11 @@ class TestTheTestsCanFail:
     def test_mistake_is_noticed(self, mutant, rng):
         with pytest.raises(AssertionError):
             verify(Case(heads=4, limit=200), rng, "xla", mutant)
+
+    @pytest.mark.parametrize("mutant", SETTING_ASIDE, ids=lambda mutant: mutant.__name__)
+    def test_mistake_with_what_is_always_fetched_is_noticed(self, mutant, rng):
+        with pytest.raises(AssertionError):
+            verify(Case(heads=4, limit=200, always=40), rng, "xla", mutant)
 
     def test_a_maximum_of_one_block_is_noticed(self, rng, monkeypatch):
         guess = mosaic_gpu._guess

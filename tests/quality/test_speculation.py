@@ -70,12 +70,20 @@ class Naive:
         self.chosen[following] = []
         for b, heads in enumerate(guessed):
             logits = [join(q @ np.array([partial for _, partial in self.keys[following][b][n]]).T, axis=0) for n, q in enumerate(heads)]
-            held = len(logits[0])
-            most = int(held * self.policy.budget)
-            count = int(np.mean([(x > x.max() - self.policy.alpha).sum() for x in logits]))
-            count = min(max(count, 1), most)
-            self.chosen[following].append([set(np.argsort(-x, kind="stable")[:count].tolist()) for x in logits])
+            most = int(len(logits[0]) * self.policy.budget)
+            ranked = [self.ranked(x, most) for x in logits]
+            count = min(max(int(np.mean([len(fixed) + near for fixed, _, near in ranked])), 1), most)
+            self.chosen[following].append([{*fixed, *order[: count - len(fixed)]} for fixed, order, _ in ranked])
         return kv
+
+    def ranked(self, logits, most):
+        """The tokens that are always read where `most` may be, the others by their logits, and how many of those are near the highest."""
+        sinks = min(self.policy.sinks, most // 2)
+        recent = min(self.policy.recent, most // 2 - sinks)
+        fixed = [p for p in range(len(logits)) if p < sinks or p >= len(logits) - recent]
+        order = [p for p in np.argsort(-logits, kind="stable").tolist() if p not in fixed]
+        near = sum(logits[p] > logits[order[0]] - self.policy.alpha for p in order)
+        return fixed, order, near
 
     def attend(self, layer, q, k, v, kv, guide):
         q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
@@ -103,12 +111,13 @@ class Naive:
         """MEASURES of one row, from the logits [G, tokens and the newest] of each kv head."""
         join = np.max if self.policy.group == "max" else np.mean
         joined = [join(x[:, :-1], axis=0) for x in truths]
-        near = int(np.mean([(x > x.max() - self.policy.alpha).sum() for x in joined]))
+        ranked = [self.ranked(x, len(x)) for x in joined]
+        near = int(np.mean([len(fixed) + count for fixed, _, count in ranked]))
         precision, recall, mass = [], [], []
-        for logits, x, fetched in zip(truths, joined, chosen, strict=True):
-            best = np.argsort(-x, kind="stable").tolist()
-            precision.append(len(fetched & set(best[: len(fetched)])) / len(fetched))
-            recall.append(len(fetched & set(best[:near])) / near)
+        for logits, (fixed, best, _), fetched in zip(truths, ranked, chosen, strict=True):
+            guessed = fetched - set(fixed)
+            precision.append(len(guessed & set(best[: len(guessed)])) / max(len(guessed), 1))
+            recall.append(len(guessed & set(best[: near - len(fixed)])) / (near - len(fixed)))
             probability = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
             mass.append(probability[:, [*fetched, -1]].sum(1).mean())
         return np.mean(precision), np.mean(recall), np.mean(mass), len(chosen[0]), near
@@ -139,9 +148,9 @@ def naively(model: Model, policy: InfiniGen, token_ids: np.ndarray) -> np.ndarra
 @pytest.mark.parametrize(
     ("name", "spec"),
     [
-        ("bytes", "infinigen(alpha=2,partial=0.3,budget=0.4,full_layers=1)"),
-        ("bytes", "infinigen(alpha=1.5,partial=0.2,budget=0.9,columns=union,group=mean,full_layers=1)"),
-        ("opt", "infinigen(alpha=4,partial=0.3,budget=0.5,full_layers=1)"),
+        ("bytes", "infinigen(alpha=2,partial=0.3,budget=0.4,sinks=1,recent=2,full_layers=1)"),
+        ("bytes", "infinigen(alpha=1.5,partial=0.2,budget=0.9,sinks=0,recent=0,columns=union,group=mean,full_layers=1)"),
+        ("opt", "infinigen(alpha=4,partial=0.3,budget=0.5,sinks=0,recent=4,full_layers=1)"),
     ],
 )
 def test_agrees_with_numpy(deep, calibrations, name, spec):
@@ -165,18 +174,18 @@ def test_layers_that_see_the_same_input_are_guessed_exactly(deep):
         return 0 * leaf if path[-2:-1] in (("o",), ("down",)) else leaf
 
     model = dataclasses.replace(deep["bytes"], params=parameters.map_with_path(silent, deep["bytes"].params))
-    strategy = parse_strategy("infinigen(alpha=20,partial=1.0,budget=0.2,full_layers=1)")
+    strategy = parse_strategy("infinigen(alpha=20,partial=1.0,budget=0.2,sinks=1,recent=0,full_layers=1)")
     found = audit(calibrated(model, strategy, calibrate(model, rows(model))), strategy, rows(model), prompt_len=PROMPT)
     assert_allclose(found.values["precision"], 1)
     near, fetched = (found.values[name] for name in ("near", "fetched"))
     assert (near > fetched).any(), "the budget binds somewhere"
-    assert_allclose(found.values["recall"], np.minimum(fetched / near, 1), atol=1e-6)
+    assert_allclose(found.values["recall"], np.minimum((fetched - 1) / (near - 1), 1), atol=1e-6)
     assert (found.values["mass_covered"] < 1).all()
 
 
 def test_everything_fetched_covers_everything(deep, calibrations):
     """Here from a pool that has room for 20 tokens: the truth is what it holds."""
-    strategy = parse_strategy("infinigen(alpha=inf,budget=1.0,pool=20,full_layers=1)")
+    strategy = parse_strategy("infinigen(alpha=inf,budget=1.0,sinks=2,recent=3,pool=20,full_layers=1)")
     found = audit(calibrated(deep["bytes"], strategy, calibrations["bytes"]), strategy, rows(deep["bytes"]), prompt_len=PROMPT)
     for measure in ("precision", "recall", "mass_covered"):
         assert_allclose(found.values[measure], 1, atol=1e-6)
@@ -185,7 +194,7 @@ def test_everything_fetched_covers_everything(deep, calibrations):
 
 
 def test_trained_model_guesses_better_than_chance():
-    model, strategy = load_model("kvjax-1m"), parse_strategy("infinigen")
+    model, strategy = load_model("kvjax-1m"), parse_strategy("infinigen(sinks=0,recent=0)")
     workload = offline.make_workload(model, num_prompts=2, input_len=160, seed=0, num_facts=2)
     token_ids = np.concatenate([workload.prompts, workload.continuation], axis=1)
     found = audit(calibrated(model, strategy), strategy, token_ids, prompt_len=160)

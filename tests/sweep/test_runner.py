@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 from kvjax.errors import InputError, MemoryLimitError, SpecError
+from kvjax.lock import NAME, locked
 from kvjax.sweep import cell_id, log, run
-from kvjax.sweep.lock import NAME, locked
 from kvjax.sweep.runner import OTHERS, RECORDS, TABLE, duration, plain
 
 GRID = [{"strategy": name, "x": x, "repeat": repeat} for repeat in (0, 1) for x in (1, 2) for name in ("full", "h2o")]

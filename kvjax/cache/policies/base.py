@@ -2,7 +2,7 @@
 
 import dataclasses
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,22 @@ class Slots:
     score: Any
     length: Int[Array, "B 1 1"]
     prompt_length: Int[Array, "B 1 1"]
+
+
+class FusedSelection(NamedTuple):
+    """What kvjax.kernels.speculate has to know to choose as a policy does.
+
+    Attributes:
+      alpha: how far below the highest guessed logit a slot may be.
+      most: slots read at most, of every row.
+      limit: slots read at most, of any row (static).
+      always: slots that are read whatever the guess says; None: there are no such.
+    """
+
+    alpha: float
+    most: Int[Array, " B"]
+    limit: int
+    always: Bool[Array, "B h C"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,27 +127,26 @@ class Policy:
         return None
 
     def select(
-        self, guess: Float[Array, "B Hkv G C"], visible: Bool[Array, "B h C"], length: Int[Array, " B"]
+        self, guess: Float[Array, "B Hkv G C"], position: Int[Array, "B h C"], length: Int[Array, " B"]
     ) -> tuple[Int[Array, "B Hkv K"], Int[Array, " B"]]:
         """Which tokens a decode step reads, for a policy that speculates.
 
         Args:
-          guess: guessed logits.
-          visible: slots that hold a token.
-          length: tokens of the row so far.
+          guess: guessed logits; anything where a slot holds no token.
+          position: true position of the token in each slot, -1 where there is none.
+          length: tokens of the row so far, which is the position of the token that is being decoded.
 
         Returns:
           K slots per kv head, the most wanted first, and how many of them are meant.
         """
-        raise NotImplementedError(f"{type(self).__name__} speculates, so it must choose: define select(guess, visible, length)")
+        raise NotImplementedError(f"{type(self).__name__} speculates, so it must choose: define select(guess, position, length)")
 
-    def fused_selection(self, held: Int[Array, " B"], capacity: int) -> tuple[float, Int[Array, " B"], int] | None:
-        """Where `select` chooses exactly as kvjax.kernels.speculate does: its alpha, the most tokens for every row, and for any row.
+    def always_read(self, position: Int[Array, "B h C"], length: Int[Array, " B"]) -> Bool[Array, "B h C"]:
+        """The slots that `select` takes whatever the guess says; an audit leaves them out where it judges guesses."""
+        return jnp.zeros(position.shape, bool)
 
-        Args:
-          held: tokens of every row.
-          capacity: slots of a row.
-        """
+    def fused_selection(self, position: Int[Array, "B h C"], length: Int[Array, " B"]) -> FusedSelection | None:
+        """Where `select` chooses exactly as kvjax.kernels.speculate does, what that has to know; None, as here, where it does not."""
         return None
 
     def partial_columns(self, head_dim: int) -> int:
@@ -173,7 +188,7 @@ def tokens(amount: Amount, prompt_length: Any) -> Any:
         return amount if isinstance(prompt_length, int) else jnp.full_like(prompt_length, amount)
     ratio = Fraction(amount).limit_denominator(1000)
     share = prompt_length * ratio.numerator // ratio.denominator
-    if ratio == 0:
+    if amount == 0:
         return share
     return max(share, 1) if isinstance(share, int) else jnp.maximum(share, 1)
 
@@ -187,6 +202,8 @@ def check_amount(owner: str, name: str, amount: Amount) -> None:
     """Raises SpecError unless `amount` is a number of tokens >= 0 or a fraction in [0, 1]."""
     if isinstance(amount, bool) or not isinstance(amount, int | float):
         raise SpecError(f"{owner}: {name}={amount!r} is not a number; give an int (tokens) or a float (fraction of the prompt)")
+    if isinstance(amount, int) and amount >= 2**31:
+        raise SpecError(f"{owner}: {name} is more tokens than any prompt has; give up to {2**31 - 1}")
     if isinstance(amount, int) and amount < 0:
         raise SpecError(f"{owner}: {name}={amount} is negative; give tokens >= 0 or a fraction between 0 and 1")
     if isinstance(amount, float) and not 0.0 <= amount <= 1.0:

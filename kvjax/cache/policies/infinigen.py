@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.attention import NEG_INF
-from kvjax.cache.policies.base import PROTECTED, Amount, Policy, Slots, check_amount, tokens
+from kvjax.cache.policies.base import PROTECTED, Amount, FusedSelection, Policy, Slots, check_amount, tokens
 from kvjax.errors import SpecError
 
 Columns = Literal["sum", "query", "union"]
@@ -17,27 +17,37 @@ Count = Literal["request", "batch"]
 GroupJoin = Literal["max", "mean"]
 Victim = Literal["counter", "lru", "fifo"]
 
+SET_ASIDE = 2.0**100
+"""The least priority of a token that stays in a pool whatever its statistic says."""
+
 
 @dataclasses.dataclass(frozen=True)
 class InfiniGen(Policy):
-    """Reads, per kv head, the tokens whose guessed logit comes within `alpha` of the highest, and the newest token.
+    """Reads, per kv head, the first tokens, the last, and of the others those whose guessed logit comes within `alpha` of their highest.
 
     The guess for a layer is made while the layer before it is computed, from that layer's attention input: a few columns of the skewed
     query, `partial` of them, times the same columns of every key (section 4.2 and 4.3 of the paper; kvjax.calibrate finds the skew and
     the columns). How many tokens are read is the mean over the kv heads of a request, between one token and `budget`; which ones, each
-    kv head decides for itself. The first `full_layers` layers read everything.
+    kv head decides for itself. The token that is being decoded is read besides. The first `full_layers` layers read everything.
+
+    The published rule is the one with sinks=0 and recent=0. In a model that parks attention on its first token (a sink), that token has the
+    highest logit, and a threshold below it leaves out nearly everything else. So the first `sinks` tokens and the last `recent` neither set
+    the threshold nor are counted against it, and are always read. They are part of `budget` and take half of it at most: `sinks` first,
+    and then as many of the `recent` as there is room for.
 
     Attributes:
       alpha: how far below the highest guessed logit a token may be (logits are scaled, so exp(-alpha) of the largest weight); the paper
         takes 4 for OPT and 5 for Llama-2.
       partial: columns of a head, as a fraction of its width.
-      budget: tokens read at most, or that fraction of the tokens held.
+      budget: tokens read at most, or that fraction of the tokens held; with the sinks and the recent, without the one being decoded.
+      sinks: tokens at the start that are always read.
+      recent: tokens before the one being decoded that are always read.
       columns: which columns: the largest of |Q| + |K| summed over tokens (the paper), of |Q| alone (the artifact's speed code), or the
         union of the largest of either (its accuracy code).
       skew: turn queries and keys so that few columns matter; False takes them as they are, for comparison.
       count: whether every request counts for itself or, as in the artifact, one mean serves the whole batch.
       group: how the query heads of a kv head are joined, which the paper, being about multi-head attention, leaves open.
-      pool: tokens the pool holds, or that fraction of the prompt; None: no limit.
+      pool: tokens the pool holds, or that fraction of the prompt; None: no limit. Sinks and recent stay in it, within half of it.
       victim: what gives way when the pool is full: the token fetched least often, least recently, or the oldest.
       full_layers: layers at the bottom that read everything, because outliers only emerge behind them.
     """
@@ -45,6 +55,8 @@ class InfiniGen(Policy):
     alpha: float = 4.0
     partial: float = 0.3
     budget: Amount = 0.2
+    sinks: int = 4
+    recent: int = 16
     columns: Columns = "sum"
     skew: bool = True
     count: Count = "request"
@@ -60,12 +72,12 @@ class InfiniGen(Policy):
         check_amount("infinigen", "budget", self.budget)
         if not self.budget:
             raise SpecError("infinigen: budget=0 reads nothing; give at least 1 token, for example infinigen(budget=0.2)")
-        for name, least in (("alpha", 0), ("full_layers", 0)):
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not self.alpha >= 0:
+            raise SpecError(f"infinigen: alpha={self.alpha!r} is not a number of at least 0")
+        for name, what in (("full_layers", "layers"), ("sinks", "tokens, 0 or more"), ("recent", "tokens, 0 or more")):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-                raise SpecError(f"infinigen: {name}={value!r} is not a number of at least {least}")
-        if not isinstance(self.full_layers, int):
-            raise SpecError(f"infinigen: full_layers={self.full_layers!r} is not a number of layers")
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise SpecError(f"infinigen: {name}={value!r} is not a number of {what}")
         if isinstance(self.partial, bool) or not isinstance(self.partial, int | float) or not 0 < self.partial <= 1:
             raise SpecError(f"infinigen: partial={self.partial!r} is not a fraction of the columns above 0 and up to 1")
         if not isinstance(self.skew, bool):
@@ -95,27 +107,39 @@ class InfiniGen(Policy):
     # ------------------------------------------------------------------------------------------------------------------ what is read
 
     def select(
-        self, guess: Float[Array, "B Hkv G C"], visible: Bool[Array, "B h C"], length: Int[Array, " B"]
+        self, guess: Float[Array, "B Hkv G C"], position: Int[Array, "B h C"], length: Int[Array, " B"]
     ) -> tuple[Int[Array, "B Hkv K"], Int[Array, " B"]]:
-        joined = guess.max(2) if self.group == "max" else guess.mean(2)
-        joined = jnp.where(visible, joined, NEG_INF)
-        near = visible & (joined > joined.max(-1, keepdims=True) - self.alpha)
-        near |= visible & (joined == joined.max(-1, keepdims=True))  # with alpha=0 the highest alone
-        counts = near.sum(-1)
+        always = self.always_read(position, length)
+        open_slots = (position >= 0) & ~always
+        joined = jnp.where(open_slots, guess.max(2) if self.group == "max" else guess.mean(2), NEG_INF)
+        near = open_slots & (joined > joined.max(-1, keepdims=True) - self.alpha)
+        near |= open_slots & (joined == joined.max(-1, keepdims=True))  # with alpha=0 the highest alone
+        counts = (near | always).sum(-1)
         mean = counts.sum(-1) // counts.shape[-1] if self.count == "request" else jnp.full(counts.shape[:1], counts.sum() // counts.size)
-        held = visible.sum(-1).min(-1)
-        most = self._most(held)
+        most = self._most(position)
         count = jnp.clip(mean, jnp.minimum(1, most), most)
-        _, slot = jax.lax.top_k(joined, self._limit(guess.shape[-1]))
+        _, slot = jax.lax.top_k(jnp.where(always, jnp.inf, joined), self._limit(guess.shape[-1]))
         return slot.astype(jnp.int32), count.astype(jnp.int32)
 
-    def fused_selection(self, held: Int[Array, " B"], capacity: int) -> tuple[float, Int[Array, " B"], int] | None:
-        """For counts of every request and the query head that wants most; with alpha=0 equals count here, and not in the kernel."""
-        same = type(self).select is InfiniGen.select and self.count == "request" and self.group == "max"
-        return (float(self.alpha), self._most(held), self._limit(capacity)) if same and self.alpha else None
+    def always_read(self, position: Int[Array, "B h C"], length: Int[Array, " B"]) -> Bool[Array, "B h C"]:
+        return (position >= 0) & self._set_aside(position, length[:, None, None], self._most(position)[:, None, None])
 
-    def _most(self, held: Int[Array, " B"]) -> Int[Array, " B"]:
-        """Tokens read at most of rows that hold so many."""
+    def fused_selection(self, position: Int[Array, "B h C"], length: Int[Array, " B"]) -> FusedSelection | None:
+        """For counts of every request and the query head that wants most; with alpha=0 equals count here, and not in the kernel."""
+        if type(self).select is not InfiniGen.select or self.count != "request" or self.group != "max" or not self.alpha:
+            return None
+        always = self.always_read(position, length) if self.sinks or self.recent else None
+        return FusedSelection(float(self.alpha), self._most(position), self._limit(position.shape[-1]), always)
+
+    def _set_aside(self, position: Int[Array, "B h C"], length: Int[Array, "B 1 1"], most: Int[Array, "B 1 1"]) -> Bool[Array, "B h C"]:
+        """The first and the last of `length` tokens that are to stay, where `most` may: half of those at most are set aside."""
+        sinks = jnp.minimum(self.sinks, most // 2)
+        recent = jnp.minimum(self.recent, most // 2 - sinks)
+        return (position < sinks) | (position >= length - recent)
+
+    def _most(self, position: Int[Array, "B h C"]) -> Int[Array, " B"]:
+        """Tokens read at most of every row."""
+        held = (position >= 0).sum(-1).min(-1)
         return jnp.minimum(tokens(self.budget, held), held)
 
     def _limit(self, capacity: int) -> int:
@@ -136,7 +160,9 @@ class InfiniGen(Policy):
 
     def priority(self, slots: Slots):
         age = slots.position.astype(jnp.float32)
-        if self.victim == "fifo":
-            return age
-        ranked = slots.score + age / (slots.length + 1)  # scores are whole numbers: between equals the newer stays
+        newer = age / (slots.length + 1)
+        ranked = age if self.victim == "fifo" else slots.score + newer  # scores are whole numbers: between equals the newer stays
+        if self.sinks or self.recent:
+            aside = self._set_aside(slots.position, slots.length, self.kept_tokens(slots.prompt_length))
+            ranked = jnp.where(aside, SET_ASIDE * (1 + newer), ranked)
         return jnp.where(slots.position == slots.length - 1, PROTECTED, ranked)  # the newcomer takes the place of another

@@ -287,7 +287,7 @@ class PagedStore:
         def turn(i, logits):
             keys, _ = self._take(layer, jax.lax.dynamic_index_in_dim(shared.pages, i, 1, keepdims=False))
             part = jnp.einsum("bhgd,bhdz->bhgz", grouped, keys, preferred_element_type=jnp.float32)
-            return jax.lax.dynamic_update_slice(logits, part, (0, 0, 0, i * self.page_size))
+            return jax.lax.dynamic_update_slice_in_dim(logits, part, i * self.page_size, 3)
 
         empty = jnp.zeros((*grouped.shape[:3], length * self.page_size), jnp.float32)
         return jnp.where(visible[:, :, None], jax.lax.fori_loop(0, length, turn, empty), NEG_INF)
@@ -304,7 +304,7 @@ class PagedStore:
         batch, size, _, dim = q.shape
         kv_heads = layer.k[0].shape[1]
         grouped = (q * dim**-0.5).astype(layer.k[0].dtype).reshape(batch, size, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
-        position = length[:, None] + jnp.arange(size)
+        position = length[:, None] + jnp.arange(size, dtype=jnp.int32)
         span = min(SLOTS_AT_A_TIME, self.capacity(layer, shared))
 
         def turn(carry):
@@ -318,7 +318,8 @@ class PagedStore:
             part = jnp.einsum("bhgqk,bhkd->bhgqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
             return slots[-1] + 1, higher, denominator * fade + weights.sum(-1), numerator * fade[..., None] + part
 
-        start = (jnp.int32(0), jnp.full(grouped.shape[:-1], NEG_INF), jnp.zeros(grouped.shape[:-1]), jnp.zeros(grouped.shape))
+        empty = jnp.zeros(grouped.shape, jnp.float32)
+        start = (jnp.int32(0), jnp.full(grouped.shape[:-1], NEG_INF, jnp.float32), empty[..., 0], empty)
         end = jnp.minimum((length + valid.sum(-1)).max(), self.capacity(layer, shared))
         *_, denominator, numerator = jax.lax.while_loop(lambda carry: carry[0] < end, turn, start)
         out = numerator / jnp.maximum(denominator, jnp.finfo(jnp.float32).tiny)[..., None]
@@ -332,14 +333,14 @@ class PagedStore:
         batch, length = shared.pages.shape
         if size < self.page_size:
             page, first = start // self.page_size, jnp.minimum(start % self.page_size, self.page_size - size)
-            keys, values = self._take(layer, jax.lax.dynamic_slice(shared.pages, (0, page), (batch, 1))[:, 0], first, size)
-            return keys, values, page * self.page_size + first + jnp.arange(size)
+            keys, values = self._take(layer, jax.lax.dynamic_index_in_dim(shared.pages, page, 1, keepdims=False), first, size)
+            return keys, values, page * self.page_size + first + jnp.arange(size, dtype=jnp.int32)
         count = min(size // self.page_size, length)
         first = jnp.minimum(start // self.page_size, length - count)
-        keys, values = self._take(layer, jax.lax.dynamic_slice(shared.pages, (0, first), (batch, count)).reshape(-1))
+        keys, values = self._take(layer, jax.lax.dynamic_slice_in_dim(shared.pages, first, count, 1).reshape(-1))
         keys = keys.reshape(batch, count, *keys.shape[1:]).transpose(0, 2, 3, 1, 4)
         values = values.reshape(batch, count, *values.shape[1:]).swapaxes(1, 2)
-        slots = first * self.page_size + jnp.arange(count * self.page_size)
+        slots = first * self.page_size + jnp.arange(count * self.page_size, dtype=jnp.int32)
         return keys.reshape(*keys.shape[:3], -1), values.reshape(*values.shape[:2], -1, values.shape[-1]), slots
 
     def copy_pages(self, layer: PagedLayer, source: Int[Array, " W"], target: Int[Array, " W"]) -> PagedLayer:
@@ -392,9 +393,9 @@ def _slices(part: Float[Array, "P ..."], page: Int[Array, " W"], axis: int, firs
     """Part of an axis of these pages, one slice a page: for pages that are large and few."""
     pieces = []
     for w in range(page.shape[0]):
-        start: list[Any] = [page[w], 0, 0, 0]
+        start: list[Any] = [page[w], *[jnp.int32(0)] * 3]
         sizes = [1, *part.shape[1:]]
-        start[axis], sizes[axis] = first, size
+        start[axis], sizes[axis] = jnp.asarray(first, jnp.int32), size
         pieces.append(jax.lax.dynamic_slice(part, start, sizes))
     return jnp.concatenate(pieces)
 

@@ -20,16 +20,20 @@ NAME = ".lock"
 
 @contextlib.contextmanager
 def locked(directory: pathlib.Path) -> Iterator[None]:
-    """Holds the directory. Raises InputError, which names the holder, when another process does."""
+    """Holds the directory. Raises InputError, which names the holder, when another process does, or when nothing can be written there."""
     path = directory / NAME
-    handle = _taken(path)
+    try:
+        handle = _taken(path)
+    except OSError as error:
+        raise InputError(f"{directory}: cannot write there: {error.strerror or error}") from None
     try:
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(holder).encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, it only does not say whose it is
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(holder).encode(), 0)
         yield
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             path.unlink()
         os.close(handle)
 
