@@ -8,8 +8,7 @@ import runpy
 import sys
 from collections.abc import Callable, Mapping
 
-from kvjax.command import fail
-from kvjax.errors import KvjaxError
+from kvjax.command import answered, fail, prepare
 
 PROGRAMS = {name: f"kvjax.{name}" for name in ("run", "plan", "advise", "calibrate", "train", "report")}
 """Subcommands that are programs of their own."""
@@ -50,12 +49,9 @@ def main() -> None:
         sys.exit(0 if name else 2)
     if name not in COMMANDS:
         fail(f"there is no command {name!r}; there are: {', '.join([*COMMANDS, *PROGRAMS])}")
-    try:
+    prepare()
+    with answered():
         COMMANDS[name](arguments)
-    except KvjaxError as error:
-        fail(error)
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
 
 
 if __name__ == "__main__":

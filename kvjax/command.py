@@ -37,10 +37,7 @@ _received: list[int] = []
 
 def start(main: Callable[[list[str]], Any]) -> NoReturn:
     """Runs a program: `main` with the arguments that are no flags. Ends the process."""
-    steady_streams()
-    for signum in SIGNALS:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, _interrupt)
+    prepare()
     code: Any = 0
     try:
         with answered():
@@ -50,6 +47,14 @@ def start(main: Callable[[list[str]], Any]) -> NoReturn:
     with answered(quietly=True):
         sys.stdout.flush()
     sys.exit(code)
+
+
+def prepare() -> None:
+    """Steadies the streams, and makes every signal that ends a program an interrupt."""
+    steady_streams()
+    for signum in SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, _interrupt)
 
 
 @contextlib.contextmanager

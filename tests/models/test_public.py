@@ -3,11 +3,13 @@
 import hashlib
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
 import zipfile
 
+import filelock
 import pytest
 
 from kvjax import cli
@@ -205,6 +207,7 @@ def test_two_at_once(world, tmp_path, monkeypatch):
 
 def kvjax(monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["kvjax", *arguments])
+    monkeypatch.setattr(cli, "prepare", lambda: None)  # the signals of this process are pytest's
     try:
         cli.main()
     except SystemExit as error:
@@ -244,3 +247,17 @@ def test_kvjax_run_is_the_program(monkeypatch, capfd):
     done = subprocess.run([sys.executable, "-m", "kvjax.cli", "run", "--model=gpt-9"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("kvjax: unknown model 'gpt-9'")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_fetch_in_one_line(tmp_path, signum):
+    (tmp_path / "models").mkdir()
+    command = [sys.executable, "-m", "kvjax.cli", "fetch", "smollm2-135m"]
+    with filelock.FileLock(tmp_path / "models" / ".smollm2-135m.lock"):
+        process = subprocess.Popen(command, env=os.environ | {"KVJAX_HOME": str(tmp_path)}, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        assert process.stderr.readline() == "kvjax: waiting for another process\n"
+        process.send_signal(signum)
+        assert process.communicate(timeout=60)[1] == "kvjax: interrupted\n"
+    assert process.returncode == 130
+    assert kept(tmp_path) == set()
