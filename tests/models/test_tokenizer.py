@@ -1,4 +1,4 @@
-"""Tokenizers: what they add, what they must not obey, what is no text; chat templates; the pre-tokenizers of GGUF files."""
+"""Tokenizers: what they add, what they must not obey, what is no text; chat templates; tokenizers of GGUF files."""
 
 import json
 import pathlib
@@ -215,7 +215,7 @@ def llama_cpp():
 def test_token_ids_are_those_of_llama_cpp(llama_cpp, pre):
     """But for two things that llama.cpp leaves out and the models' own tokenizers do.
 
-    Texts for qwen2 are brought to normal form C, and tekken tells upper case from lower, and marks from letters, beyond ASCII.
+    Texts for qwen2 are brought to normal form C; tekken tells cases, and marks from letters, beyond ASCII.
     """
     tokens = llama_cpp["tokens"]
     tokenizer = of_metadata(
