@@ -29,7 +29,7 @@ MAX_HEADER = 1 << 26
 _MAX_NAME = 1 << 16
 _MAX_DIMS = 4
 _MAX_NESTING = 2
-_BLOCK_ELEMENTS = 1 << 20  # of a tensor that are dequantised at once
+_BLOCK_ELEMENTS = 1 << 18  # of a tensor that are dequantised at once
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS: dict[int, str] = {
@@ -74,7 +74,7 @@ class GgufFile:
         return ModelError(f"{self.path}: {clipped(message)}")
 
     def read(self, tensor: TensorInfo, dtype: DTypeLike, rows: np.ndarray | None = None) -> Shaped[np.ndarray, "..."]:
-        """One tensor, dequantised and cast to `dtype`; about a million values at a time are in memory besides.
+        """One tensor, dequantised and cast to `dtype`; a few MB are in memory besides.
 
         Args:
           rows: where each row (of all axes but the last) goes in the result; None keeps the order.

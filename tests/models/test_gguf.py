@@ -1,5 +1,7 @@
 """GGUF files: the same weights as a Hugging Face directory has, and what is refused."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -231,3 +233,24 @@ def test_a_file_of_another_kind(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"PK\x03\x04 something else")
     with pytest.raises(ModelError, match=r"x\.gguf is no GGUF file"):
         load_model(tmp_path / "x.gguf")
+
+
+def test_memory_of_a_read_is_the_result_and_a_block(tmp_path):
+    import gguf
+
+    raw = np.zeros((4096, 2048 // 32 * 18), np.uint8)  # 8 million values in Q4_0: 4.7 MB here, 16.8 MB in float16, 33.6 MB in float32
+    writer = gguf.GGUFWriter(tmp_path / "one.gguf", "llama")
+    writer.add_tensor("one", raw, raw_dtype=TYPES.Q4_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = read_header(tmp_path / "one.gguf")
+    tracemalloc.start()
+    try:
+        array = file.read(file.tensors["one"], np.float16)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert array.shape == (4096, 2048)
+    assert peak < array.nbytes + 8e6
