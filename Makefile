@@ -7,8 +7,16 @@ MODEL ?= kvjax-4m
 
 .PHONY: run test test-slow test-kernels lint bench soak study train aot environment
 
-run: environment  ## compare four strategies on the bundled model
-	$(BIN)/python -m kvjax.run --compare=full,streaming,h2o,oracle_topk
+COMPARED := --compare=full,vllm,h2o,infinigen
+
+run: environment  ## compare four strategies on a real model: speed, bytes, what they lose of prose, and of a fact asked for early or late
+	@if $(BIN)/kvjax fetch smollm2-135m; then \
+	  $(BIN)/python -m kvjax.run --model=smollm2-135m $(COMPARED) --task=prose,niah_single --query=both \
+	    --input_len=1024 --output_len=32 --num_prompts=12 --batch_size=4; \
+	else \
+	  echo "without smollm2-135m the comparison runs on kvjax-4m, a byte-level model that ships with kvjax and knows nothing but its task"; \
+	  $(BIN)/python -m kvjax.run --model=kvjax-4m $(COMPARED); \
+	fi
 
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
 

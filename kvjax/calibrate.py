@@ -13,6 +13,14 @@ With them, A is applied after the rotation, on the way of the guess alone.
 Kept columns are those with the largest sum of |Q A| + |K A| over the sample, 30 % of them by default, as in the paper. Its published code
 differs, and both of its ways are options: 20 % by |Q A| alone (the speed measurements), the union of 20 % by either (the accuracy ones).
 
+Two further steps are not in the paper; both cost nothing but a product with a few columns when the model runs (BUILD_NOTES.md has what
+they are worth):
+
+  columns="product"  queries and keys get a projection each, which together lose least of the products q . k that the sample has, in the
+                     mean square: with second moments C_q and C_k, the singular vectors of C_q^(1/2) C_k^(1/2).
+  correction         the paper takes a layer's input for the next one's. A map of low rank, fitted to the sample (reduced-rank ridge
+                     regression), predicts what the difference does to the queries.
+
 One A serves a kv head and all query heads that read it (grouped-query attention is not in the paper): their queries are stacked for the
 decomposition, and their magnitudes added for the choice of columns.
 """
@@ -24,6 +32,7 @@ import os
 import pathlib
 from typing import Any, Literal, get_args
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,15 +47,24 @@ from kvjax.command import answered, start
 from kvjax.errors import InputError, ModelError, SpecError
 from kvjax.models import Decoder, Model, ModelConfig, load_model
 from kvjax.models.checkpoint import MARKER_FILE
+from kvjax.models.decoder import Attention, Block
 from kvjax.models.guide import Guide, QueryGuide
 from kvjax.quality import recall
-from kvjax.runtime.forward import forward
+from kvjax.runtime.forward import embed, layer_variables
 
 FLAGS = flags.FLAGS
-SAMPLE_TOKENS = 1024
+SAMPLE_TOKENS, SAMPLE_ROW = 2048, 1024
 PARTIAL = 0.3
-Columns = Literal["sum", "query", "union"]
-_ARRAYS = ("skew", "query_mass", "key_mass", "plain_query_mass", "plain_key_mass")
+RANK = 16
+"""Of a correction: of 576 x 576 products it takes 16 to win back nearly all that the whole map does (BUILD_NOTES.md)."""
+
+RIDGE = 1e-2
+"""Of a correction, over the mean square of an input's dims: enough for samples little longer than an input is wide."""
+
+Columns = Literal["product", "sum", "query", "union"]
+_MASSES = ("query_mass", "key_mass", "plain_query_mass", "plain_key_mass")
+_TURNS = ("skew", "product_query", "product_key")
+_ARRAYS = (*_TURNS, *_MASSES, "down", "up")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +81,9 @@ class Calibration:
       query_mass: sum of |Q A| per column, over the tokens and the G query heads of the kv head.
       key_mass: sum of |K A| per column, over the tokens.
       plain_query_mass, plain_key_mass: the same without A.
+      product_query, product_key: projections of queries and keys whose first P columns lose least of the products, for every P.
+      down, up: the correction of each layer's query weight (before norm and rotation) where it meets the attention input of the layer
+        before; zeros in layer 0, which has none.
     """
 
     model_id: str
@@ -73,41 +94,38 @@ class Calibration:
     key_mass: Float[np.ndarray, "L Hkv D"]
     plain_query_mass: Float[np.ndarray, "L Hkv D"]
     plain_key_mass: Float[np.ndarray, "L Hkv D"]
+    product_query: Float[np.ndarray, "L Hkv D D"]
+    product_key: Float[np.ndarray, "L Hkv D D"]
+    down: Float[np.ndarray, "L r M"]
+    up: Float[np.ndarray, "L O r"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Captured:
-    """The queries and keys of every layer; None of layers that have not been computed yet."""
-
-    layers: tuple[tuple[Float[Array, "B S H D"], Float[Array, "B S Hkv D"]] | None, ...]
-
-    def over(self, layers: tuple) -> "Captured":
-        return Captured(tuple(layers))
+Captured = tuple
+"""(queries, keys) of the layers so far: the state of `Capture`."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Capture:
-    """A step (kvjax.models.decoder.Step): whole rows without a cache, whose queries and keys are the state."""
+    """A step (kvjax.models.decoder.Step): whole rows without a cache."""
 
     token_positions: Int[Array, "B S"]
 
-    def positions(self, captured: Captured, num_tokens: int) -> Int[Array, "B S"]:
+    def positions(self, kv: Captured, num_tokens: int) -> Int[Array, "B S"]:
         return self.token_positions
 
-    def look_ahead(self, layer: int, queries, captured: Captured) -> Captured:
-        return captured
+    def look_ahead(self, layer: int, queries, kv: Captured) -> Captured:
+        return kv
 
-    def attend(self, layer: int, q, k, v, captured: Captured, guide=None):
+    def attend(self, layer: int, q, k, v, kv: Captured, guide=None):
         out, _ = prompt_attention(q, k, v, jnp.ones(q.shape[:2], bool))
-        return out, captured.over((*captured.layers[:layer], (q, k), *captured.layers[layer + 1 :]))
+        return out, (*kv, (q, k))
 
     def hidden(self, x: Float[Array, "B S M"]) -> Float[Array, "B 1 M"]:
         return x[:, -1:]
 
-    def finish(self, captured: Captured, num_tokens: int) -> Captured:
-        return captured
+    def finish(self, kv: Captured, num_tokens: int) -> Captured:
+        return kv
 
 
 def sample_tokens(model: Model, num_tokens: int = SAMPLE_TOKENS) -> Int[np.ndarray, "B S"]:
@@ -121,7 +139,7 @@ def sample_tokens(model: Model, num_tokens: int = SAMPLE_TOKENS) -> Int[np.ndarr
         source = recall.standard_library(held_out=True)
         text = source[len(source) // 2 :][: 16 * num_tokens].tobytes().decode(errors="ignore")  # no tokenizer takes 16 bytes a token
         ids = np.array(model.tokenizer.encode(text)[:num_tokens])
-    rows = -(-len(ids) // model.config.max_position)
+    rows = -(-len(ids) // min(model.config.max_position, SAMPLE_ROW))
     return ids[: len(ids) // rows * rows].reshape(rows, -1).astype(np.int32)
 
 
@@ -140,13 +158,19 @@ def calibrate(model: Model, tokens: Int[Array | np.ndarray, "B S"] | None = None
     rows = _checked(model, sample_tokens(model) if tokens is None else np.asarray(tokens))
     config = model.config
     found: dict[str, list[np.ndarray]] = {name: [] for name in _ARRAYS}
-    for layer, (q, k) in enumerate(queries_and_keys(model, rows)):
+    below = None
+    for layer, (q, k, x) in enumerate(captured(model, rows)):
         queries = _by_kv_head(np.asarray(q, np.float32), config.num_kv_heads)
         keys = _by_kv_head(np.asarray(k, np.float32), config.num_kv_heads)
         if not (np.isfinite(queries).all() and np.isfinite(keys).all()):
             raise ModelError(f"model {config.name}: queries or keys of layer {layer} are not finite in {model.dtype}; try another dtype")
         skew = _skew(queries)
-        values = (skew, _mass(queries @ skew), _mass(keys @ skew), _mass(queries), _mass(keys))
+        own = np.asarray(x, np.float32).reshape(rows.size, -1)
+        weight = np.asarray(model.params["params"][f"layer_{layer}"]["attention"]["q"]["weight"], np.float32)
+        correction = _correction(own if below is None else below, own, weight)
+        below = own
+        masses = (_mass(queries @ skew), _mass(keys @ skew), _mass(queries), _mass(keys))
+        values = (skew, *_product_projections(queries, keys), *masses, *correction)
         for name, value in zip(_ARRAYS, values, strict=True):
             found[name].append(value)
     arrays = {name: np.stack(values) for name, values in found.items()}
@@ -169,17 +193,37 @@ def _checked(model: Model, tokens: np.ndarray) -> Int[np.ndarray, "B S"]:
 
 def queries_and_keys(model: Model, tokens: Int[Array | np.ndarray, "B S"]) -> tuple[tuple[jax.Array, jax.Array], ...]:
     """Of every layer: q [B, S, H, D] and k [B, S, Hkv, D], as they meet in the product, in the model's dtype."""
+    return tuple((q, k) for q, k, _ in captured(model, tokens))
+
+
+def captured(
+    model: Model, tokens: Int[Array | np.ndarray, "B S"]
+) -> list[tuple[Float[Array, "B S H D"], Float[Array, "B S Hkv D"], Float[Array, "B S M"]]]:
+    """Of every layer: queries and keys as they meet in the product, and the attention's input. One layer is one program."""
+    decoder = model.decoder
     rows: Any = jax.device_put(np.asarray(tokens, np.int32), model.placement)
     step = Capture(jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape))
-    captured = Captured((None,) * model.config.num_layers)
-    if model.decoder.stringing == "calls":
-        return forward(model.decoder, model.params, rows, captured, step)[1].layers  # type: ignore[return-value]
-    return _captured(model.decoder, model.params, rows, captured, step)
+    x, rotation = embed(decoder, model.params, rows, Captured(), step)
+    layers = []
+    for i in range(model.config.num_layers):
+        x, layer = _captured_layer(decoder, layer_variables(model.params, i), x, rotation, step)
+        layers.append(layer)
+    return layers
 
 
 @functools.partial(jax.jit, static_argnames=("decoder",))
-def _captured(decoder: Decoder, params: Any, tokens: Int[Array, "B S"], captured: Captured, step: Capture):
-    return forward(decoder, params, tokens, captured, step)[1].layers
+def _captured_layer(decoder: Decoder, variables: Any, x: Float[Array, "B S M"], rotation, step: Capture):
+    inputs = []
+
+    def look(call, args, kwargs, context):
+        if isinstance(context.module, Attention) and context.method_name == "__call__":
+            inputs.append(args[0])
+        return call(*args, **kwargs)
+
+    block: Any = Block(decoder.config, 0, decoder.dtype)
+    with nn.intercept_methods(look):
+        x, (met,) = block.apply(variables, x, rotation, Captured(), step)
+    return x, (*met, *inputs)
 
 
 def _by_kv_head(x: Float[np.ndarray, "B S H D"], kv_heads: int) -> Float[np.ndarray, "Hkv N D"]:
@@ -199,6 +243,52 @@ def _skew(queries: Float[np.ndarray, "Hkv N D"]) -> Float[np.ndarray, "Hkv D D"]
     return right * np.where(largest < 0, np.float32(-1), np.float32(1))
 
 
+def _product_projections(
+    queries: Float[np.ndarray, "Hkv N D"], keys: Float[np.ndarray, "Hkv T D"]
+) -> tuple[Float[np.ndarray, "Hkv D D"], Float[np.ndarray, "Hkv D D"]]:
+    """X and Y with the first P columns of which E (q X Y^T k - q . k)^2 is least, over pairs of a query and a key of the sample.
+
+    With roots of the second moments R_q and R_k, the error is |R_q (X Y^T - I) R_k|^2, so X Y^T is R_q^-1 times the best approximation of
+    R_q R_k times R_k^-1.
+    """
+    root_q, inverse_q = _roots(queries)
+    root_k, inverse_k = _roots(keys)
+    left, size, right = np.linalg.svd(root_q @ root_k)
+    scale = np.sqrt(size)[:, None]
+    projected = (inverse_q @ left * scale, inverse_k @ right.swapaxes(-1, -2) * scale)
+    signs = np.take_along_axis(projected[1], np.abs(projected[1]).argmax(-2, keepdims=True), axis=-2)
+    return tuple((x * np.where(signs < 0, -1.0, 1.0)).astype(np.float32) for x in projected)  # type: ignore[return-value]
+
+
+def _roots(x: Float[np.ndarray, "Hkv N D"]) -> tuple[Float[np.ndarray, "Hkv D D"], Float[np.ndarray, "Hkv D D"]]:
+    """The root of the second moments, and its inverse; directions that hardly occur count as a little more than they do."""
+    wide = x.astype(np.float64)
+    value, vector = np.linalg.eigh(wide.swapaxes(-1, -2) @ wide / x.shape[-2])
+    value = np.maximum(value, 1e-6 * value[:, -1:] + np.finfo(np.float64).tiny)[:, None]
+    back = vector.swapaxes(-1, -2)
+    return (vector * np.sqrt(value)) @ back, (vector / np.sqrt(value)) @ back
+
+
+def _correction(
+    before: Float[np.ndarray, "N M"], own: Float[np.ndarray, "N M"], weight: Float[np.ndarray, "O M"]
+) -> tuple[Float[np.ndarray, "r M"], Float[np.ndarray, "O r"]]:
+    """The map of rank RANK that with `weight` best makes the queries of a layer's `own` inputs from those of the layer before.
+
+    Ridge regression of what is missing, cut to the directions of the queries in which most of what it predicts lies; those by subspace
+    iteration.
+    """
+    before, own, weight = (x.astype(np.float64) for x in (before, own, weight))
+    rank = min(RANK, *weight.shape)
+    moments = before.T @ before / len(before)
+    missing = before.T @ ((own - before) @ weight.T) / len(before)
+    whole = np.linalg.solve(moments + RIDGE * np.trace(moments) / len(moments) * np.eye(len(moments)), missing)  # [M, O]
+    seen = whole.T @ moments @ whole
+    basis = np.linalg.qr(np.random.default_rng(0).standard_normal((len(seen), rank)))[0]
+    for _ in range(16):
+        basis = np.linalg.qr(seen @ basis)[0]
+    return (whole @ basis).T.astype(np.float32), basis.astype(np.float32)
+
+
 def _mass(x: Float[np.ndarray, "Hkv N D"]) -> Float[np.ndarray, "Hkv D"]:
     return np.abs(x).sum(-2)
 
@@ -215,6 +305,7 @@ def save(calibration: Calibration, directory: str | os.PathLike) -> None:
     path = _new_directory(directory)
     described = {name: getattr(calibration, name) for name in ("model_id", "weights", "num_tokens")}
     described["shape"] = list(calibration.query_mass.shape)
+    described["widths"] = [calibration.down.shape[1], calibration.down.shape[2], calibration.up.shape[1]]
     arrays = {name: getattr(calibration, name) for name in _ARRAYS}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         items = ocp.args.Composite(calibration=ocp.args.JsonSave(described), arrays=ocp.args.StandardSave(arrays))
@@ -238,7 +329,9 @@ def load(directory: str | os.PathLike, model: Model | None = None) -> Calibratio
         try:
             described = dict(checkpointer.restore(path, args=ocp.args.Composite(calibration=ocp.args.JsonRestore())).calibration)
             shape = tuple(described.pop("shape"))
-            shapes = dict.fromkeys(_ARRAYS, shape) | {"skew": (*shape, shape[-1])}
+            rank, inputs, outputs = described.pop("widths")
+            shapes = dict.fromkeys(_MASSES, shape) | dict.fromkeys(_TURNS, (*shape, shape[-1]))
+            shapes |= {"down": (shape[0], rank, inputs), "up": (shape[0], outputs, rank)}
             placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             wanted = {name: jax.ShapeDtypeStruct(size, jnp.float32, sharding=placed) for name, size in shapes.items()}
             arrays = checkpointer.restore(path, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted))).arrays
@@ -299,6 +392,8 @@ def kept_columns(
     """Which columns of each layer and kv head are kept, in ascending order (see `prepare`)."""
     query, key = _masses(calibration, skew)
     kept = columns_kept(query.shape[-1], partial, columns)
+    if columns == "product":
+        return np.broadcast_to(np.arange(kept), (*query.shape[:2], kept))
     if columns == "query":
         order = np.argsort(-query, axis=-1, kind="stable")
     elif columns == "sum":
@@ -330,7 +425,10 @@ def concentration(
     return query.mean(-1), key.mean(-1)
 
 
-def prepare(model: Model, calibration: Calibration, *, partial: float = PARTIAL, columns: Columns = "sum", skew: bool = True) -> Model:
+def prepare(
+    model: Model, calibration: Calibration, *, partial: float = PARTIAL, columns: Columns = "sum", skew: bool = True,
+    correction: bool = False,
+) -> Model:  # fmt: skip
     """The model with a guide in every layer (kvjax.models.guide), in the model's dtype. Its logits are the same.
 
     With rotary positions, the parameters are those of `model`, and a guide that is there already is replaced. Without, the query and key
@@ -338,8 +436,10 @@ def prepare(model: Model, calibration: Calibration, *, partial: float = PARTIAL,
 
     Args:
       partial: fraction of a head's columns that speculation sees.
-      columns: ranked by the sum of both magnitudes (the paper), by the queries' alone, or the union of the best by either (see the module).
-      skew: False leaves A out, as an ablation: the columns are those of the head itself.
+      columns: ranked by the sum of both magnitudes (the paper), by the queries' alone, or the union of the best by either; or "product", a
+        projection each for queries and keys (see the module).
+      skew: False leaves A out, as an ablation: the columns are those of the head itself. Without meaning for "product".
+      correction: correct the queries that are guessed.
 
     Raises:
       SpecError: the calibration of another model, a bad option, or a model without rotary positions that is prepared already.
@@ -347,27 +447,33 @@ def prepare(model: Model, calibration: Calibration, *, partial: float = PARTIAL,
     _refuse_skewed(model)
     check(model, calibration)
     config, dtype = model.config, model.dtype
-    kept = kept_columns(calibration, partial, columns, skew)
-    turn = calibration.skew if skew else np.broadcast_to(np.eye(config.head_dim, dtype=np.float32), calibration.skew.shape)
+    kept = kept_columns(calibration, partial, columns, skew)[:, :, None]
+    identity = np.broadcast_to(np.eye(config.head_dim, dtype=np.float32), calibration.skew.shape)
+    turn = of_keys = calibration.skew if skew else identity
+    if columns == "product":
+        turn, of_keys = calibration.product_query, calibration.product_key
     params = model.params["params"]
     folds = _folds(config)
-    if folds and skew:
+    of_keys, of_queries = (np.take_along_axis(x, kept, axis=-1) for x in (of_keys, turn))  # [L, Hkv, D, P]
+    if folds and skew and columns != "product":
         params = _fold(config, params, turn)
-        turn = np.broadcast_to(np.eye(config.head_dim, dtype=np.float32), turn.shape)
-    select = [jnp.asarray(matrix, dtype) for matrix in np.take_along_axis(turn, kept[:, :, None], axis=-1)]  # [Hkv, D, P] a layer
+        of_keys = np.take_along_axis(identity, kept, axis=-1)
+    keys = [jnp.asarray(matrix, dtype) for matrix in of_keys]
 
     def queries(layer: int) -> QueryGuide:
         attention = params[f"layer_{layer}"]["attention"]
         weight, bias = attention["q"]["weight"], attention["q"].get("bias")
-        if not folds:
-            return QueryGuide(weight, bias, attention.get("q_norm"), select[layer])
-        heads = np.arange(config.num_heads)
-        rows = (heads[:, None] * config.head_dim + kept[layer][heads // config.group_size]).reshape(-1)
-        return QueryGuide(weight[rows], None if bias is None else bias[rows], None, None)
+        down, up = (x[layer] if correction else None for x in (calibration.down, calibration.up))
+        if folds:
+            original = model.params["params"][f"layer_{layer}"]["attention"]["q"]
+            return QueryGuide(*_cut(original, of_queries[layer], config, dtype, down, up), None, None)
+        project = keys[layer] if of_queries is of_keys or columns != "product" else jnp.asarray(of_queries[layer], dtype)
+        low_rank = (None if x is None else jnp.asarray(x, dtype) for x in (down, up))
+        return QueryGuide(weight, bias, attention.get("q_norm"), project, *low_rank)
 
     last = config.num_layers - 1
     guides = {
-        f"layer_{i}": {"attention": {"guide": Guide(select[i], queries(i + 1) if i < last else None)}} for i in range(config.num_layers)
+        f"layer_{i}": {"attention": {"guide": Guide(keys[i], queries(i + 1) if i < last else None)}} for i in range(config.num_layers)
     }
     return dataclasses.replace(model, params=model.params | {"params": params, "guide": guides})
 
@@ -382,7 +488,23 @@ def calibrated(model: Model, strategy: Strategy, calibration: Calibration | None
     if not policy.speculates:
         return model
     found = calibrate(model) if calibration is None else calibration
-    return prepare(model, found, partial=policy.partial, columns=policy.columns, skew=policy.skew)
+    return prepare(model, found, partial=policy.partial, columns=policy.columns, skew=policy.skew, correction=policy.correction)
+
+
+def _cut(
+    projection: dict[str, jax.Array], select: Float[np.ndarray, "Hkv D P"], config: ModelConfig, dtype, down, up
+) -> tuple[jax.Array, jax.Array | None]:
+    """The query weight [H * P, M] and bias that give partial queries at once."""
+    weight = np.asarray(projection["weight"], np.float32)
+    if down is not None:
+        weight = weight + up @ down
+
+    def cut(x: np.ndarray) -> jax.Array:
+        heads = x.reshape(config.num_kv_heads, config.group_size, config.head_dim, -1)
+        return jnp.asarray(np.einsum("ndp,ngdm->ngpm", select, heads).reshape(-1, *x.shape[1:]), dtype)
+
+    bias = projection.get("bias")
+    return cut(weight), None if bias is None else cut(np.asarray(bias, np.float32))
 
 
 def _folds(config: ModelConfig) -> bool:

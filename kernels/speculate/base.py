@@ -2,9 +2,12 @@
 head, d' partial dims of a head, C slots of a row, K the static limit of tokens to fetch."""
 
 import dataclasses
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+
+GroupJoin = Literal["max", "mass"]
 
 
 @jax.tree_util.register_dataclass
@@ -16,8 +19,8 @@ class Speculation:
       index: int32 [B, Hkv, K], the slots that are always fetched, then the others in the order of their guessed logits, highest first;
         the lower slot first between equals; C from rank `count[b]` on.
       count: int32 [B], tokens to fetch, one number for all kv heads of a row; 0 only where no slot is visible.
-      above: int32 [B, Hkv], how many slots have a guessed logit over the threshold, those that are always fetched left out.
-      maximum: float32 [B, Hkv], the highest guessed logit of the slots that are not always fetched, -inf where there is none.
+      above: int32 [B, Hkv], how many slots have a joined logit over the threshold, those that are always fetched left out.
+      maximum: float32 [B, Hkv], the highest joined logit of the slots that are not always fetched, -inf where there is none.
     """
 
     index: jax.Array
@@ -31,15 +34,39 @@ def candidates(visible: jax.Array, always: jax.Array | None) -> jax.Array:
     return visible if always is None else visible & ~always
 
 
-def select(
-    logits: jax.Array, maximum: jax.Array, visible: jax.Array, cap: jax.Array, always: jax.Array | None, alpha: float, limit: int
+def log_mass(logits: jax.Array) -> jax.Array:
+    """Log of the attention probability that the query heads of a group give a slot on average.
+
+    Args:
+      logits: [..., G, C] float32, -inf where there is nothing to see.
+
+    Returns:
+      [..., C] float32, -inf likewise.
+    """
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    probability = jnp.where(logits > -jnp.inf, logits - total, -jnp.inf)
+    return jax.nn.logsumexp(probability, axis=-2) - jnp.log(logits.shape[-2])
+
+
+def select_by_mass(
+    logits: jax.Array, visible: jax.Array, cap: jax.Array, always: jax.Array | None, alpha: float, limit: int
 ) -> Speculation:
-    """Counts and chooses by the guessed logits [B, Hkv, C], -inf where a slot is no candidate.
+    """Counts and chooses by the guessed logits of every query head [B, Hkv, G, C], -inf where a slot is not visible."""
+    mass = jnp.where(candidates(visible, always), log_mass(logits), -jnp.inf)
+    maximum = mass.max(-1)
+    return select(mass, maximum, jnp.zeros_like(maximum), visible, cap, always, alpha, limit)
+
+
+def select(
+    logits: jax.Array, maximum: jax.Array, reference: jax.Array, visible: jax.Array, cap: jax.Array, always: jax.Array | None,
+    alpha: float, limit: int,
+) -> Speculation:  # fmt: skip
+    """Counts and chooses by the joined logits [B, Hkv, C], -inf where a slot is no candidate; the threshold is alpha below `reference`.
 
     It reads 4 bytes a slot, where the guess read 2 d'.
     """
     capacity = logits.shape[-1]
-    above = (logits > maximum[..., None] - alpha).sum(-1, dtype=jnp.int32)
+    above = (logits > reference[..., None] - alpha).sum(-1, dtype=jnp.int32)
     some = (maximum > -jnp.inf).any(-1)
     total = above
     if always is not None:
@@ -53,8 +80,12 @@ def select(
     return Speculation(jnp.where(wanted, index, capacity), jnp.where(some, count, 0), above, maximum)
 
 
-def check(q: jax.Array, partial_keys: jax.Array, visible: jax.Array, cap: jax.Array, always: jax.Array | None, limit: int) -> None:
+def check(
+    q: jax.Array, partial_keys: jax.Array, visible: jax.Array, cap: jax.Array, always: jax.Array | None, limit: int, group: str
+) -> None:
     """Raises ValueError where shapes do not fit together."""
+    if group not in get_args(GroupJoin):
+        raise ValueError(f"speculate: group={group!r} does not exist; choose from {', '.join(get_args(GroupJoin))}")
     batch, heads, dim, capacity = partial_keys.shape
     if q.ndim != 4 or (*q.shape[:2], q.shape[3]) != (batch, heads, dim):
         raise ValueError(f"speculate: q {q.shape} does not fit partial keys {partial_keys.shape}")

@@ -6,6 +6,7 @@ indices and ties must come out the same to the last one, and there are many ties
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from ..dispatch import Name
 from ..proof import somehow
 from . import reference
 from .api import speculate
-from .base import Speculation
+from .base import GroupJoin, Speculation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +33,14 @@ class Case:
     alpha: float = 20.0
     shared: bool = True  # which slots are visible is the same for all kv heads
     scattered: bool = False
+    join: GroupJoin = "max"
     always: int = 0  # slots of a row that are fetched whatever the guess, some of them not visible
 
     def __str__(self):
         where = f"{'scattered' if self.scattered else 'first'}{'' if self.shared else '-a-head'}"
         fixed = f"-always{self.always}" if self.always else ""
-        return f"c{self.capacity}-{self.heads}h-g{self.group}-d{self.dim}-{self.dtype}-a{self.alpha}-k{self.limit}-{where}{fixed}"
+        join = "" if self.join == "max" else f"-{self.join}"
+        return f"c{self.capacity}-{self.heads}h-g{self.group}-d{self.dim}-{self.dtype}-a{self.alpha}-k{self.limit}-{where}{fixed}{join}"
 
 
 CASES = [
@@ -49,6 +52,8 @@ CASES = [
     Case(dim=38, group=4, heads=1, counts=(200,)),
     Case(always=20),
     Case(always=70, alpha=6.5, shared=False, scattered=True, counts=(0, 1, 50, 256)),  # more than the limit
+    Case(join="mass", alpha=15.0, group=3, always=20, scattered=True),
+    Case(join="mass", alpha=9.0, group=1, dtype="float32", shared=False, limit=256),
 ]
 
 
@@ -68,20 +73,52 @@ def problem(case: Case, rng: np.random.Generator):
     always = None
     if case.always:
         always = rng.permuted(np.broadcast_to(np.arange(case.capacity) < case.always, visible.shape), axis=-1)
-        keys[np.broadcast_to(always[:, :, None], keys.shape)] = np.nan
+        if case.join == "max":
+            keys[np.broadcast_to(always[:, :, None], keys.shape)] = np.nan
     return q, keys, visible, cap.astype(np.int32), always
 
 
 def call(case: Case, arguments, implementation: Name, function=speculate) -> Speculation:
     with somehow(implementation):
-        return jax.device_get(jax.jit(partial(function, alpha=case.alpha, limit=case.limit, implementation=implementation))(*arguments))
+        how: Any = dict(alpha=case.alpha, limit=case.limit, group=case.join, implementation=implementation)
+        return jax.device_get(jax.jit(partial(function, **how))(*arguments))
+
+
+def verify_masses(case: Case, arguments, found: Speculation, want: Speculation, margin: float = 1e-4) -> None:
+    """`verify` where softmax rounds: a slot whose mass is this close to the threshold or to another's may be on either side."""
+    q, keys, visible, cap, always = arguments
+    np.testing.assert_allclose(found.maximum, want.maximum, atol=margin, rtol=0)
+    for b in range(len(q)):
+        fixed, masses = [], []
+        for h in range(case.heads):
+            seen = visible[b, h % visible.shape[1]]
+            aside = seen & (always[b, h % always.shape[1]] if always is not None else False)
+            mass = np.full(case.capacity, -np.inf)
+            mass[seen] = reference.log_mass(q[b, h], keys[b, h][:, seen])
+            mass[aside] = -np.inf
+            assert (mass > margin - case.alpha).sum() <= found.above[b, h] <= (mass > -margin - case.alpha).sum()
+            fixed.append(np.flatnonzero(aside))
+            masses.append(mass)
+        total = (int(found.above[b].sum()) + sum(map(len, fixed))) // case.heads
+        assert found.count[b] == (max(1, min(total, cap[b], case.limit)) if visible[b].any() else 0)
+        for h in range(case.heads):
+            chosen, rest = np.split(found.index[b, h][: found.count[b]], [len(fixed[h])])
+            np.testing.assert_array_equal(chosen, fixed[h][: len(chosen)])
+            assert (found.index[b, h][found.count[b] :] == case.capacity).all()
+            rest = rest[rest < case.capacity]
+            assert len(set(rest)) == len(rest) == min(max(found.count[b] - len(fixed[h]), 0), np.isfinite(masses[h]).sum())
+            best = np.sort(masses[h])[::-1][: len(rest)]
+            np.testing.assert_allclose(masses[h][rest], best, atol=margin, rtol=0)
 
 
 def verify(case: Case, rng: np.random.Generator, implementation: Name, function=speculate) -> None:
     """Raises AssertionError where an implementation differs from the loop."""
     arguments = problem(case, rng)
     found = call(case, arguments, implementation, function)
-    want = reference.speculate(*arguments, case.alpha, case.limit)
+    want: Any = reference.speculate(*arguments, case.alpha, case.limit, case.join)
+    if case.join == "mass":
+        verify_masses(case, arguments, found, want)
+        return
     for name in (field.name for field in dataclasses.fields(Speculation)):
         np.testing.assert_array_equal(getattr(found, name), getattr(want, name), err_msg=name)
         assert getattr(found, name).dtype == getattr(want, name).dtype

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import tuned
 from ..dispatch import current_device
-from .base import Speculation, candidates, select
+from .base import GroupJoin, Speculation, candidates, select, select_by_mass
 
 LANES = 128
 
@@ -44,7 +44,7 @@ def tuning_key(group: int, dim: int) -> str:
     return f"g{group} d{dim}"
 
 
-def supports(q, partial_keys, visible, cap, always, alpha: float, limit: int) -> str | None:
+def supports(q, partial_keys, visible, cap, always, alpha: float, limit: int, group: GroupJoin) -> str | None:
     """Why the kernel cannot run this, or None."""
     capacity = partial_keys.shape[-1]
     if capacity % LANES:
@@ -54,15 +54,29 @@ def supports(q, partial_keys, visible, cap, always, alpha: float, limit: int) ->
     return None
 
 
-def speculate(q, partial_keys, visible, cap, always, alpha: float, limit: int, config: Config | None = None) -> Speculation:
+def speculate(
+    q, partial_keys, visible, cap, always, alpha: float, limit: int, group: GroupJoin = "max", config: Config | None = None
+) -> Speculation:
     """See api.py."""
     config = config or config_for(q.shape[2], q.shape[3], current_device().kind)
+    if group == "mass":
+        return select_by_mass(_guess_each(q, partial_keys, visible, config), visible, cap, always, alpha, limit)
     logits, maximum = _guess(q, partial_keys, candidates(visible, always), config)
-    return select(logits, maximum.max(-1), visible, cap, always, alpha, limit)
+    maximum = maximum.max(-1)
+    return select(logits, maximum, maximum, visible, cap, always, alpha, limit)
 
 
 def _guess(q, partial_keys, visible, config: Config):
-    """The joined logits [B, Hkv, C], -inf where not visible, and their maximum over each span [B, Hkv, C / span]."""
+    """The highest logits of a group [B, Hkv, C], -inf where not visible, and their maximum over each span [B, Hkv, C / span]."""
+    return _run(q, partial_keys, visible, config, joined=True)
+
+
+def _guess_each(q, partial_keys, visible, config: Config):
+    """The logits of every query head [B, Hkv, G, C], -inf where not visible."""
+    return _run(q, partial_keys, visible, config, joined=False)[0]
+
+
+def _run(q, partial_keys, visible, config: Config, joined: bool):
     batch, heads, dim, capacity = partial_keys.shape
     group = q.shape[2]
     span, together = config.span, config.together
@@ -86,22 +100,26 @@ def _guess(q, partial_keys, visible, config: Config):
         whole = dim // together
         products = lax.fori_loop(0, whole, lambda i, products: add(i * together, products, together), products)
         products = add(whole * together, products, dim % together)
-        joined = products[0]
+        seen = plgpu.load(visible.at[row, head if visible.shape[1] > 1 else 0, here]).astype(jnp.int32) > 0
+        highest = products[0]
         for product in products[1:]:
-            joined = jnp.maximum(joined, product)
-        seen = plgpu.load(visible.at[row, head if visible.shape[1] > 1 else 0, here])
-        joined = jnp.where(seen.astype(jnp.int32) > 0, joined, -jnp.inf)
-        plgpu.store(logits.at[row, head, here], joined)
-        maximum[row, head, part] = joined.max()
+            highest = jnp.maximum(highest, product)
+        highest = jnp.where(seen, highest, -jnp.inf)
+        maximum[row, head, part] = highest.max()
+        if joined:
+            plgpu.store(logits.at[row, head, here], highest)
+            return
+        for g, product in enumerate(products):
+            plgpu.store(logits.at[row, head, g, here], jnp.where(seen, product, -jnp.inf))
 
     return plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((batch, heads, capacity), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, capacity) if joined else (batch, heads, group, capacity), jnp.float32),
             jax.ShapeDtypeStruct((batch, heads, capacity // span), jnp.float32),
         ),
         scratch_types=(plgpu.SMEM(q.shape[2:], jnp.float32), plgpu.Barrier()),
         grid=(batch, heads, capacity // span),
         grid_names=("row", "head", "span"),
-        kernel_name=f"speculate_g{group}_d{dim}_c{capacity}",
+        kernel_name=f"speculate_g{group}_d{dim}_c{capacity}" + ("" if joined else "_each"),
     )(q, partial_keys, visible.astype(jnp.int8))

@@ -301,7 +301,8 @@ class Strategy:
         capacity, position = partial_keys.shape[-1], self._positions(layer, kv)
         rule = self.policy.fused_selection(position, kv.length) if isinstance(self.store, KernelHostStore) else None
         if rule is not None:
-            found = speculate(queries, partial_keys, position >= 0, rule.most, rule.always, alpha=rule.alpha, limit=rule.limit)
+            how: Any = dict(alpha=rule.alpha, limit=rule.limit, group=rule.group)
+            found = speculate(queries, partial_keys, position >= 0, rule.most, rule.always, **how)
             return jnp.minimum(found.index, capacity - 1), jnp.where(active, found.count, 0)
         guess = jnp.einsum("bngp,bnpc->bngc", queries, partial_keys, preferred_element_type=jnp.float32)
         slot, count = self.policy.select(guess, position, kv.length)

@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from kvjax.cache import Full, HostStore, KVState, Ledger, Strategy, ledger
 from kvjax.engine.metrics import Timeline, summarise
-from kvjax.errors import InputError, NotFiniteError
+from kvjax.errors import NotFiniteError
 from kvjax.generation import (
     PrefillPlan,
     as_strategy,
@@ -32,6 +32,8 @@ from kvjax.models.tokenizer import ByteTokenizer
 from kvjax.quality import fidelity, recall
 from kvjax.quality.fidelity import Estimate
 from kvjax.quality.speculation import Speculation, audited_feed, speculation_of
+from kvjax.quality.tasks.frame import Frame
+from kvjax.quality.tasks.texts import passage
 from kvjax.sampling import Sampling
 
 Progress = Callable[[str], None]
@@ -56,7 +58,7 @@ class Workload:
 
 
 def make_workload(model: Model, num_prompts: int, input_len: int, seed: int, num_facts: int = 8, continuation_len: int = 64) -> Workload:
-    """The workload that suits a model: recall documents for a byte tokenizer, Python source for another, random ids without one.
+    """The workload that suits a model: recall documents for a byte tokenizer, prose for another, random ids without one.
 
     Raises InputError when `input_len` is too short for the facts.
     """
@@ -69,19 +71,9 @@ def make_workload(model: Model, num_prompts: int, input_len: int, seed: int, num
     if model.tokenizer is None:
         rows = rng.integers(0, model.config.vocab_size, (num_prompts, total)).astype(np.int32)
         return Workload("random", rows[:, :input_len], rows[:, input_len:])
-    rows = np.stack([_text_row(model, rng, total) for _ in range(num_prompts)])
+    frame = Frame(model.tokenizer)
+    rows = np.asarray([passage(frame, "prose", rng, total) for _ in range(num_prompts)], np.int32)
     return Workload("text", rows[:, :input_len], rows[:, input_len:])
-
-
-def _text_row(model: Model, rng: np.random.Generator, total: int) -> Int[np.ndarray, " S"]:
-    """`total` tokens of Python source."""
-    size = 8 * total
-    while size <= 512 * total:
-        ids = model.tokenizer.encode(recall.filler(rng, size, held_out=True).decode(errors="ignore"))  # type: ignore[union-attr]
-        if len(ids) >= total:
-            return np.asarray(ids[:total], np.int32)
-        size *= 2
-    raise InputError(f"the tokenizer of {model.config.name} makes fewer than {total} tokens of {size} bytes of Python source")
 
 
 @dataclasses.dataclass(frozen=True)

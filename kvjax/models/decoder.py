@@ -172,6 +172,8 @@ class Attention(nn.Module):
 def guess_queries(config: ModelConfig, guide: QueryGuide, x: Float[Array, "B S M"], rotation) -> Float[Array, "B Hkv G P"]:
     """Partial queries of a layer from the attention input of the layer before it (InfiniGen, section 4.2), scaled; of the first token."""
     y = matmul(x[:, :1], guide.weight, x.dtype)
+    if guide.down is not None and guide.up is not None:
+        y += matmul(matmul(x[:, :1], guide.down, x.dtype), guide.up, x.dtype)
     if guide.bias is not None:
         y += guide.bias
     heads, groups = config.num_kv_heads, config.group_size

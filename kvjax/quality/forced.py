@@ -137,7 +137,8 @@ def _prompt_twin(strategy: Strategy) -> Strategy:
     policy = strategy.policy
     if isinstance(policy, InfiniGen):
         plain = InfiniGen()
-        policy = dataclasses.replace(policy, alpha=plain.alpha, budget=plain.budget, count=plain.count, group=plain.group)
+        reading = ("alpha", "budget", "sinks", "recent", "count", "group", "correction")
+        policy = dataclasses.replace(policy, **{name: getattr(plain, name) for name in reading if policy.pool is None or name == "alpha"})
     if isinstance(policy, OracleTopK):
         policy = OracleTopK()
     return Strategy(policy, strategy.store)

@@ -80,6 +80,12 @@ def layer_variables(params: Any, index: int) -> dict[str, Any]:
     return {collection: values[name] for collection, values in params.items() if name in values}
 
 
+def embed(decoder: Decoder, params: Any, tokens: Int[Array, "B S"], frame: Any, step: Any) -> tuple[Float[Array, "B S M"], Any]:
+    """Hidden states before the first layer, and the rotation of the positions (None without RoPE). `frame`: a state without layers."""
+    ends = {name: value for name, value in params["params"].items() if not name.startswith("layer_")}
+    return _embed(decoder, ends, tokens, frame, step)
+
+
 @partial(jax.jit, static_argnums=0)
 def _embed(decoder: Decoder, ends, tokens, frame, step):
     part: Any = dataclasses.replace(decoder, part="embed")

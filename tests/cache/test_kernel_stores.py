@@ -167,7 +167,7 @@ def test_only_the_published_selection_is_fused():
     length = jnp.array([50])
     for policy in (Greedy(), InfiniGen(count="batch"), InfiniGen(group="mean"), InfiniGen(alpha=0.0)):
         assert policy.fused_selection(position, length) is None
-    alpha, most, limit, always = InfiniGen(alpha=5, budget=0.2, sinks=2, recent=2).fused_selection(position, length)
+    alpha, most, limit, always, _ = InfiniGen(alpha=5, budget=0.2, sinks=2, recent=2).fused_selection(position, length)
     assert (alpha, most.tolist(), limit, np.flatnonzero(always).tolist()) == (5.0, [10], 25, [0, 1, 48, 49])
     assert InfiniGen(sinks=0, recent=0).fused_selection(position, length).always is None
 

@@ -136,6 +136,15 @@ class TestTheTestsCanFail:
         with pytest.raises(AssertionError):
             verify(Case(heads=4, limit=200), rng, "xla", mutant)
 
+    @staticmethod
+    def takes_the_highest_head(q, keys, visible, cap, always, **how):
+        return speculate(q, keys, visible, cap, always, **how | {"group": "max"})
+
+    @pytest.mark.parametrize("mutant", [*SETTING_ASIDE, takes_the_highest_head], ids=lambda mutant: mutant.__name__)
+    def test_mistake_with_masses_is_noticed(self, mutant, rng):
+        with pytest.raises(AssertionError):
+            verify(Case(heads=4, limit=200, always=40, join="mass", alpha=15.0), rng, "xla", mutant)
+
     @pytest.mark.parametrize("mutant", SETTING_ASIDE, ids=lambda mutant: mutant.__name__)
     def test_mistake_with_what_is_always_fetched_is_noticed(self, mutant, rng):
         with pytest.raises(AssertionError):

@@ -43,7 +43,7 @@ def written_apart(model, strategy, context, query, room):
 @pytest.mark.parametrize(("query", "stringing"), [("before", "calls"), ("after", "unroll")])
 def test_equals_separate_passes(model, query, stringing):
     model = dataclasses.replace(model, stringing=stringing)
-    task = parse_task("kv(turns=2,digits=3)")
+    task = parse_task("kv(turns=2,pairs=0,digits=3)")
     outcome = asked.ask(model, task, STRATEGIES, length=300, count=3, query=query, batch_size=2, seed=5)
     examples = task.examples(Frame.of(model.tokenizer), 300, 3, seed=5)
     some = set()

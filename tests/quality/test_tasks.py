@@ -61,7 +61,7 @@ def tokenizer(request, bpe_file):
     return ByteTokenizer() if request.param == "bytes" else Bpe(bpe_file, request.param == "bpe-chat")
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "recall"])
+@pytest.mark.parametrize("name", [*(name for name in TASKS if name != "recall"), "kv(pairs=0)"])
 @pytest.mark.parametrize("length", [1021, 1500])
 def test_prompts_have_exactly_the_tokens_asked_for(tokenizer, name, length):
     task, frame = parse_task(name), Frame.of(tokenizer)
@@ -155,13 +155,25 @@ def test_frequent_words_are_the_most_frequent(texts):
 
 
 def test_keys_have_the_values_asked_for(texts):
-    for context, turns, _ in texts("kv(turns=4)"):
+    for context, turns, _ in texts("kv(turns=4,pairs=0)"):
         pairs = json.loads(context[context.index("{") :])
+        assert len(pairs) > 30
         assert len(turns) == 4
         for question, (answer,) in turns:
             (key,) = set(re.findall(r'key "(\w+)"', question))
             assert pairs[key] == answer
         assert len({question for question, _ in turns}) == 4
+
+
+def test_keys_in_prose_have_the_values_asked_for(texts):
+    for context, turns, depths in texts("kv(turns=3,pairs=5)"):
+        pairs = dict(re.findall(r'The value of the key "(\w+)" is "(\d+)"\.', context))
+        assert len(pairs) == 5
+        assert len({question for question, _ in turns}) == 3
+        for (question, (answer,)), depth in zip(turns, depths, strict=True):
+            (key,) = set(re.findall(r'key "(\w+)"', question))
+            assert pairs[key] == answer
+            assert abs(context.index(answer) / len(context) - depth) < 0.15
 
 
 def test_no_word_is_part_of_another():
@@ -181,9 +193,9 @@ def test_what_does_not_fit_is_said(bpe_file):
     ("spec", "error", "words"),
     [
         ("needle", SpecError, "unknown task 'needle'; choose from niah_single"),
-        ("kv(turn=3)", SpecError, "task kv takes turns, digits"),
+        ("kv(turn=3)", SpecError, "task kv takes turns, pairs, digits"),
         ("kv(3)", SpecError, "cannot read task"),
-        ("kv(turns=0)", InputError, "turns as a whole number from 1 to 16, not 0"),
+        ("kv(turns=5)", InputError, "turns as a whole number from 1 to 4, not 5"),
         ("niah_single(haystack=hay)", InputError, "haystack=hay; choose from prose, repeat"),
         ("kv(", SpecError, "cannot read task"),
         ("", SpecError, "no task given"),
@@ -198,7 +210,7 @@ def test_specs_that_mean_nothing(spec, error, words):
 
 
 def test_specs_say_what_is_not_the_default():
-    assert [task.describe() for task in parse_tasks("niah_single, kv(turns=3,digits=5)")] == ["niah_single", "kv(turns=3)"]
+    assert [task.describe() for task in parse_tasks("niah_single, kv(turns=3,digits=7)")] == ["niah_single", "kv(turns=3)"]
 
 
 @pytest.mark.parametrize(

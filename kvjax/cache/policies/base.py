@@ -2,7 +2,7 @@
 
 import dataclasses
 from fractions import Fraction
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +44,14 @@ class FusedSelection(NamedTuple):
       most: slots read at most, of every row.
       limit: slots read at most, of any row (static).
       always: slots that are read whatever the guess says; None: there are no such.
+      group: how query heads are joined.
     """
 
     alpha: float
     most: Int[Array, " B"]
     limit: int
     always: Bool[Array, "B h C"] | None
+    group: Literal["max", "mass"] = "max"
 
 
 @dataclasses.dataclass(frozen=True)

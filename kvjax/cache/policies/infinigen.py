@@ -11,10 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.cache.attention import NEG_INF
 from kvjax.cache.policies.base import PROTECTED, Amount, FusedSelection, Policy, Slots, check_amount, tokens
 from kvjax.errors import SpecError
+from kvjax.kernels.speculate.base import log_mass
 
-Columns = Literal["sum", "query", "union"]
+Columns = Literal["product", "sum", "query", "union"]
 Count = Literal["request", "batch"]
-GroupJoin = Literal["max", "mean"]
+GroupJoin = Literal["mass", "max", "mean"]
 Victim = Literal["counter", "lru", "fifo"]
 
 SET_ASIDE = 2.0**100
@@ -59,6 +60,7 @@ class InfiniGen(Policy):
     recent: int = 16
     columns: Columns = "sum"
     skew: bool = True
+    correction: bool = False
     count: Count = "request"
     group: GroupJoin = "max"
     pool: Amount | None = None
@@ -80,8 +82,9 @@ class InfiniGen(Policy):
                 raise SpecError(f"infinigen: {name}={value!r} is not a number of {what}")
         if isinstance(self.partial, bool) or not isinstance(self.partial, int | float) or not 0 < self.partial <= 1:
             raise SpecError(f"infinigen: partial={self.partial!r} is not a fraction of the columns above 0 and up to 1")
-        if not isinstance(self.skew, bool):
-            raise SpecError(f"infinigen: skew={self.skew!r} is not True or False")
+        for name in ("skew", "correction"):
+            if not isinstance(getattr(self, name), bool):
+                raise SpecError(f"infinigen: {name}={getattr(self, name)!r} is not True or False")
         if self.pool is not None:
             check_amount("infinigen", "pool", self.pool)
             if not self.pool:
@@ -111,9 +114,12 @@ class InfiniGen(Policy):
     ) -> tuple[Int[Array, "B Hkv K"], Int[Array, " B"]]:
         always = self.always_read(position, length)
         open_slots = (position >= 0) & ~always
-        joined = jnp.where(open_slots, guess.max(2) if self.group == "max" else guess.mean(2), NEG_INF)
-        near = open_slots & (joined > joined.max(-1, keepdims=True) - self.alpha)
-        near |= open_slots & (joined == joined.max(-1, keepdims=True))  # with alpha=0 the highest alone
+        joined = jnp.where(open_slots, self._joined(guess, position >= 0), NEG_INF)
+        if self.group == "mass":
+            near = open_slots & (joined > -self.alpha)
+        else:
+            near = open_slots & (joined > joined.max(-1, keepdims=True) - self.alpha)
+            near |= open_slots & (joined == joined.max(-1, keepdims=True))  # with alpha=0 the highest alone
         counts = (near | always).sum(-1)
         mean = counts.sum(-1) // counts.shape[-1] if self.count == "request" else jnp.full(counts.shape[:1], counts.sum() // counts.size)
         most = self._most(position)
@@ -121,15 +127,21 @@ class InfiniGen(Policy):
         _, slot = jax.lax.top_k(jnp.where(always, jnp.inf, joined), self._limit(guess.shape[-1]))
         return slot.astype(jnp.int32), count.astype(jnp.int32)
 
+    def _joined(self, guess: Float[Array, "B Hkv G C"], visible: Bool[Array, "B h C"]) -> Float[Array, "B Hkv C"]:
+        """What the query heads of a kv head want together; anything where there is no token."""
+        if self.group == "mass":
+            return log_mass(jnp.where(visible[:, :, None], guess, -jnp.inf))
+        return guess.max(2) if self.group == "max" else guess.mean(2)
+
     def always_read(self, position: Int[Array, "B h C"], length: Int[Array, " B"]) -> Bool[Array, "B h C"]:
         return (position >= 0) & self._set_aside(position, length[:, None, None], self._most(position)[:, None, None])
 
     def fused_selection(self, position: Int[Array, "B h C"], length: Int[Array, " B"]) -> FusedSelection | None:
-        """For counts of every request and the query head that wants most; with alpha=0 equals count here, and not in the kernel."""
-        if type(self).select is not InfiniGen.select or self.count != "request" or self.group != "max" or not self.alpha:
+        """For counts of every request, and heads joined as the kernel can; with alpha=0 equals count here, and not in the kernel."""
+        if type(self).select is not InfiniGen.select or self.count != "request" or self.group == "mean" or not self.alpha:
             return None
         always = self.always_read(position, length) if self.sinks or self.recent else None
-        return FusedSelection(float(self.alpha), self._most(position), self._limit(position.shape[-1]), always)
+        return FusedSelection(float(self.alpha), self._most(position), self._limit(position.shape[-1]), always, self.group)
 
     def _set_aside(self, position: Int[Array, "B h C"], length: Int[Array, "B 1 1"], most: Int[Array, "B 1 1"]) -> Bool[Array, "B h C"]:
         """The first and the last of `length` tokens that are to stay, where `most` may: half of those at most are set aside."""

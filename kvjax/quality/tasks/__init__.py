@@ -53,7 +53,10 @@ TASKS: Mapping[str, type[Task]] = {
 
 
 def parse_tasks(text: str) -> list[Task]:
-    """The tasks of a list such as `niah_single,kv(turns=3),mine.jsonl`. Raises as `parse_task`, and SpecError for none and for one twice."""
+    """The tasks of a list such as `niah_single,kv(turns=3),mine.jsonl`.
+
+    Raises as `parse_task`, and SpecError for an empty list and for a task that is named twice.
+    """
     tasks = [parse_task(spec) for spec in split_specs(text)]
     names = [task.describe() for task in tasks]
     if not tasks:

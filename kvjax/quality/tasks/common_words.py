@@ -28,8 +28,11 @@ class CommonWords(Task):
         common, others = words[: self.common], words[self.common :]
         begin = frame.begin("Some words come often in the list below, others seldom. Remember those that come often.")
         heading = frame.ids("\n\nList:")
-        plural = f"{self.common} words come" if self.common > 1 else "word comes"
-        one = turn(frame, f"\n\nWhich {plural} most often in the list?", f"The {self.common} words that come most often are:", common)
+        question, opening = "\n\nWhich word comes most often in the list?", "The word that comes most often is:"
+        if self.common > 1:
+            question = f"\n\nWhich {self.common} words come most often in the list?"
+            opening = f"The {self.common} words that come most often are:"
+        one = turn(frame, question, opening, common)
         room = length - len(begin) - len(heading) - len(one.query)
         sizes = {word: len(frame.ids(f" {word},")) for word in words}
 

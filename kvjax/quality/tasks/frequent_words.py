@@ -1,4 +1,4 @@
-"""A text in code whose words follow Zipf's law: which three are the most frequent (RULER's frequent words extraction)."""
+"""A text in code whose words follow Zipf's law: which are the most frequent (RULER's frequent words extraction)."""
 
 import dataclasses
 import string
@@ -8,29 +8,35 @@ from typing import ClassVar
 import numpy as np
 
 from kvjax.errors import InputError
-from kvjax.quality.tasks.base import Example, Task, turn
+from kvjax.quality.tasks.base import Example, Task, check_number, turn
 from kvjax.quality.tasks.frame import Frame
 
-_ASKED, _LETTERS, _VOCABULARY = 3, 6, 100
+_LETTERS, _VOCABULARY = 6, 100
 _DOTS = 0.3  # share of places where dots stand instead of a word
 
 
 @dataclasses.dataclass(frozen=True)
 class FrequentWords(Task):
-    """`alpha`: word number k comes with a probability in proportion to k ** -alpha."""
+    """`alpha`: word number k comes with a probability in proportion to k ** -alpha. `asked`: how many words are asked for."""
 
     name: ClassVar[str] = "fwe"
     alpha: float = 2.0
+    asked: int = 3
 
     def __post_init__(self):
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 1 <= self.alpha <= 4:
             raise InputError(f"task fwe needs alpha as a number from 1 to 4, not {self.alpha}")
 
+        check_number(self.name, "asked", self.asked, 1, 10)
+
     def example(self, frame: Frame, length: int, rng: np.random.Generator, depth: float) -> Example:
         words = ["".join(rng.choice(list(string.ascii_lowercase), _LETTERS)) for _ in range(_VOCABULARY)]
         begin = frame.begin("Count how often each coded word comes in the text below. Leave the dots out.")
         heading = frame.ids("\n\nText:")
-        question, opening = "\n\nWhich three coded words are the most frequent?", "The three most frequent coded words are:"
+        question, opening = "\n\nWhich coded word is the most frequent?", "The most frequent coded word is:"
+        if self.asked > 1:
+            question = f"\n\nWhich {self.asked} coded words are the most frequent?"
+            opening = f"The {self.asked} most frequent coded words are:"
         weights = np.arange(1, _VOCABULARY + 1, dtype=float) ** -self.alpha
         drawn = rng.choice(_VOCABULARY, size=length, p=weights / weights.sum())
         dots = rng.random(length) < _DOTS
@@ -45,11 +51,11 @@ class FrequentWords(Task):
             room -= len(ids)
             if not dotted:
                 counts[words[number]] += 1
-        top = counts.most_common(_ASKED + 1)
-        if len(top) <= _ASKED:
+        top = counts.most_common(self.asked + 1)
+        if len(top) <= self.asked:
             raise self.too_short(length, length - room + 64)
-        if top[_ASKED][1] == top[_ASKED - 1][1]:  # a tie: no answer would be the right one
+        if top[self.asked][1] == top[self.asked - 1][1]:  # a tie: no answer would be the right one
             return self.example(frame, length, rng, depth)
-        one = turn(frame, question, opening, [word for word, _ in top[:_ASKED]])
+        one = turn(frame, question, opening, [word for word, _ in top[: self.asked]])
         body = [token for piece in pieces for token in piece]
         return Example(np.asarray(begin + frame.pad(room) + heading + body, np.int32), (one,))

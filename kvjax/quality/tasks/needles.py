@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvjax.quality.tasks.base import Example, Task, turn
+from kvjax.quality.tasks.base import Example, Task, Turn
 from kvjax.quality.tasks.frame import Frame
 from kvjax.quality.tasks.texts import REPEATED, fill, insert, prose
 
@@ -23,18 +23,18 @@ def number(rng: np.random.Generator, digits: int) -> str:
 
 def hidden(
     task: Task, frame: Frame, length: int, rng: np.random.Generator, *, haystack: str, intro: str, needles: Sequence[str],
-    depths: Sequence[float], question: str, opening: str, answers: Sequence[str], asked: Sequence[float],
+    depths: Sequence[float], turns: Sequence[Turn], asked: Sequence[float],
 ) -> Example:  # fmt: skip
     """An example of sentences hidden at `depths`; `asked` are the depths of those that are asked for."""
-    begin, one = frame.begin(intro), turn(frame, question, opening, answers)
+    begin = frame.begin(intro)
     placed = [frame.ids(" " + needle) for needle in needles]
-    used = len(begin) + len(one.query) + sum(map(len, placed))
+    used = len(begin) + len(turns[0].query) + sum(map(len, placed))
     sentences = sentences_of(haystack)
     if length < used + 1:
         raise task.too_short(length, used + 1)
     start = int(rng.integers(len(sentences))) if haystack == "prose" else 0
     body = insert(fill(frame, sentences, start, length - used), placed, depths)
-    return Example(np.asarray(begin + body, np.int32), (one,), tuple(asked))
+    return Example(np.asarray(begin + body, np.int32), tuple(turns), tuple(asked))
 
 
 def spread(rng: np.random.Generator, count: int) -> list[float]:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvjax.quality.tasks.base import Example, Task, check_choice, check_number
+from kvjax.quality.tasks.base import Example, Task, check_choice, check_number, turn
 from kvjax.quality.tasks.frame import Frame
 from kvjax.quality.tasks.needles import HAYSTACKS, hidden, number, spread
 from kvjax.quality.tasks.texts import WORDS
@@ -30,10 +30,11 @@ class NiahMultikey(Task):
         codes = [number(rng, self.digits) for _ in words]
         depths = spread(rng, self.keys)
         asked = int(depth * self.keys)
+        word, code = words[asked], codes[asked]
         return hidden(
             self, frame, length, rng, haystack=self.haystack,
             intro="Secret codes of several things are stated in the text below. Remember them.\n\nText:",
             needles=[f"The secret code of the {word} is {code}." for word, code in zip(words, codes, strict=True)],
-            depths=depths, asked=[depths[asked]], question=f"\n\nWhat is the secret code of the {words[asked]}?",
-            opening=f"The secret code of the {words[asked]} is", answers=[codes[asked]],
+            depths=depths, asked=[depths[asked]],
+            turns=[turn(frame, f"\n\nWhat is the secret code of the {word}?", f"The secret code of the {word} is", [code])],
         )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvjax.quality.tasks.base import Example, Task, check_choice, check_number
+from kvjax.quality.tasks.base import Example, Task, check_choice, check_number, turn
 from kvjax.quality.tasks.frame import Frame
 from kvjax.quality.tasks.needles import HAYSTACKS, hidden, number, spread
 from kvjax.quality.tasks.texts import WORDS
@@ -31,10 +31,10 @@ class NiahMultivalue(Task):
         word = str(rng.choice(frame.alike(WORDS)))
         codes = [number(rng, self.digits) for _ in range(self.values)]
         depths, count = spread(rng, self.values), _COUNTS[self.values]
+        question = f"\n\nWhat are the {count} secret codes of the {word}?"
         return hidden(
             self, frame, length, rng, haystack=self.haystack,
             intro=f"The {count} secret codes of one thing are stated in the text below. Remember all of them.\n\nText:",
             needles=[f"One of the secret codes of the {word} is {code}." for code in codes], depths=depths, asked=depths,
-            question=f"\n\nWhat are the {count} secret codes of the {word}?", opening=f"The {count} secret codes of the {word} are",
-            answers=codes,
+            turns=[turn(frame, question, f"The {count} secret codes of the {word} are:\n\n1.", codes)],
         )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvjax.quality.tasks.base import Example, Task, check_choice, check_number
+from kvjax.quality.tasks.base import Example, Task, check_choice, check_number, turn
 from kvjax.quality.tasks.frame import Frame
 from kvjax.quality.tasks.needles import HAYSTACKS, hidden, number
 from kvjax.quality.tasks.texts import WORDS
@@ -29,5 +29,5 @@ class NiahSingle(Task):
             self, frame, length, rng, haystack=self.haystack,
             intro="A secret code is stated somewhere in the text below. Remember it.\n\nText:",
             needles=[f"The secret code of the {word} is {code}."], depths=[depth], asked=[depth],
-            question=f"\n\nWhat is the secret code of the {word}?", opening=f"The secret code of the {word} is", answers=[code],
+            turns=[turn(frame, f"\n\nWhat is the secret code of the {word}?", f"The secret code of the {word} is", [code])],
         )  # fmt: skip

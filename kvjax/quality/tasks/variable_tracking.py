@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvjax.quality.tasks.base import Example, Task, check_choice, check_number
+from kvjax.quality.tasks.base import Example, Task, check_choice, check_number, turn
 from kvjax.quality.tasks.frame import Frame
 from kvjax.quality.tasks.needles import HAYSTACKS, hidden, number, spread
 from kvjax.quality.tasks.texts import REPEATED
@@ -39,7 +39,7 @@ class VariableTracking(Task):
         depths = spread(rng, len(chain))
         return hidden(
             self, frame, length, rng, haystack=self.haystack, intro=intro, needles=chain, depths=depths, asked=depths,
-            question=_question(value), opening=_opening(names, value), answers=names,
+            turns=[turn(frame, _question(value), _opening(names, value), names)],
         )  # fmt: skip
 
     def _chain(self, rng: np.random.Generator) -> tuple[list[str], str, list[str]]:
