@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from kvjax.errors import ModelError, SpecError
+from kvjax.errors import ModelError, SpecError, clipped
 from kvjax.models import parameters
 from kvjax.models.config import FactorScaling, LinearScaling, ModelConfig, Rope
 from kvjax.models.gguf_file import MAGIC, GgufFile, TensorInfo, read_header
@@ -131,7 +131,7 @@ def source(file: GgufFile) -> Source:
     for tensor in file.tensors.values():
         sizes[tensor.kind] += tensor.num_elements
     license = file.metadata.get("general.license")
-    return Source(sizes.most_common(1)[0][0], license if isinstance(license, str) else None)
+    return Source(sizes.most_common(1)[0][0], clipped(" ".join(license.split()), 60) if isinstance(license, str) else None)
 
 
 def load_parameters(

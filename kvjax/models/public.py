@@ -104,9 +104,8 @@ def fetch(model: PublicModel, report: Report | None = None) -> pathlib.Path:
     Raises:
       ModelError: it cannot be had; the message says what to do.
     """
-    with contextlib.suppress(PermissionError):
-        if (path := cached(model)) is not None:
-            return path
+    if (path := cached(model)) is not None:
+        return path
     report = report or (lambda what, done, total: None)
     folder = home()
     try:

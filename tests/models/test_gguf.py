@@ -158,8 +158,8 @@ def test_stop_tokens(tmp_path):
 
 
 def test_licence_of_the_metadata(tmp_path):
-    file, _ = write(tmp_path, Spec(metadata={"general.license": "mit"}))
-    assert load_model(file).source == Source("F32", "mit")
+    file, _ = write(tmp_path, Spec(metadata={"general.license": "one\nline " + "x" * 99}))
+    assert load_model(file).source == Source("F32", "one line " + "x" * 48 + "...")
 
 
 L = "llama."
@@ -185,6 +185,7 @@ REFUSED = [
     (Spec(metadata={L + "embedding_length": 128}), "rope.dimension_count=64 differs from the head dimension of 32"),
     (Spec(metadata={L + "feed_forward_length": 2**30}), r"has shape \[512, 256\], but the metadata need \[1073741824, 256\]"),
     (Spec(metadata={L + "rope.freq_base": float("nan")}), "rope.freq_base must be a positive number, not nan"),
+    (Spec(metadata={L + "rope.freq_base": float("inf")}), "rope.freq_base must be a positive number, not inf"),
     (Spec(metadata={"general.type": "adapter"}), "it holds no model, but general.type='adapter'"),
     (Spec(metadata={"split.count": 3}), "it is one of 3 parts"),
     (Spec(rope_factors=np.ones(8)), r"rope_freqs.weight has shape \[8\], but the metadata need \[32\]"),
