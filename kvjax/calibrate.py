@@ -45,7 +45,7 @@ from kvjax.cache import Strategy
 from kvjax.cache.attention import prompt_attention
 from kvjax.command import answered, start
 from kvjax.errors import InputError, ModelError, SpecError
-from kvjax.models import Decoder, Model, ModelConfig, load_model
+from kvjax.models import Decoder, Model, ModelConfig, load_model, public
 from kvjax.models.checkpoint import MARKER_FILE
 from kvjax.models.decoder import Attention, Block
 from kvjax.models.guide import Guide, QueryGuide
@@ -540,7 +540,7 @@ def _fold(config: ModelConfig, params: dict[str, Any], skew: Float[np.ndarray, "
 def define_flags() -> None:
     """Called once, when this module is the program."""
     compilation.define_flag()
-    flags.DEFINE_string("model", "kvjax-4m", "A bundled model, a preset (with --random_weights), or a Hugging Face or orbax directory.")
+    flags.DEFINE_string("model", "kvjax-4m", public.CHOICE)
     flags.DEFINE_string("output_dir", None, "The directory to write; it must not exist.", required=True)
     flags.DEFINE_integer("num_tokens", SAMPLE_TOKENS, "Tokens of the sample.", lower_bound=1)
     flags.DEFINE_bool("random_weights", False, "Random weights: the model that kvjax.run has under the same flag.")

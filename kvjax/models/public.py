@@ -77,6 +77,12 @@ DESCRIPTION = "; ".join(
 )
 """One line on all of them."""
 
+CHOICE = (
+    "A bundled model (kvjax-4m, kvjax-1m), a public one that is fetched on first use, a preset (with --random_weights), a "
+    f".gguf file, or a Hugging Face or orbax directory. Public: {DESCRIPTION}."
+)
+"""Help for a flag that takes whatever `load_model` takes."""
+
 
 def home() -> pathlib.Path:
     """The folder for what kvjax keeps: KVJAX_HOME, else kvjax in XDG_CACHE_HOME or ~/.cache. It need not exist."""

@@ -243,6 +243,12 @@ def test_kvjax_help(monkeypatch, capfd):
     assert "smollm2-135m (SmolLM2-135M-Instruct.Q4_1.gguf, weights Q4_1, licence Apache-2.0)" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("program", ["run", "calibrate"])
+def test_help_says_what_the_weights_are(program):
+    shown = subprocess.run([sys.executable, "-m", f"kvjax.{program}", "--help"], capture_output=True, text=True).stdout
+    assert "SmolLM2-135M-Instruct.Q4_1.gguf, weights Q4_1, licence Apache-2.0" in " ".join(shown.split())
+
+
 def test_kvjax_run_is_the_program(monkeypatch, capfd):
     done = subprocess.run([sys.executable, "-m", "kvjax.cli", "run", "--model=gpt-9"], capture_output=True, text=True)
     assert done.returncode == 2
