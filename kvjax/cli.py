@@ -8,7 +8,7 @@ import runpy
 import sys
 from collections.abc import Callable, Mapping
 
-from kvjax.command import answered, fail, prepare
+from kvjax.command import end_well, fail
 
 PROGRAMS = {name: f"kvjax.{name}" for name in ("run", "plan", "advise", "calibrate", "train", "report")}
 """Subcommands that are programs of their own."""
@@ -49,9 +49,7 @@ def main() -> None:
         sys.exit(0 if name else 2)
     if name not in COMMANDS:
         fail(f"there is no command {name!r}; there are: {', '.join([*COMMANDS, *PROGRAMS])}")
-    prepare()
-    with answered():
-        COMMANDS[name](arguments)
+    end_well(lambda: COMMANDS[name](arguments))
 
 
 if __name__ == "__main__":
