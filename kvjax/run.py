@@ -3,6 +3,7 @@
     python -m kvjax.run --strategy=h2o
     python -m kvjax.run --compare=full,streaming,h2o,oracle_topk --budget=0.2
     python -m kvjax.run --strategy="h2o(heavy=8,recent=8)" --output_dir=runs/h2o --profile_dir=runs/trace
+    python -m kvjax.run --model=smollm2-135m --task=niah_single,kv --query=both --compare=full,h2o --nospeed
     python -m kvjax.run --strategy=vllm --request_rate=4
     python -m kvjax.run --compare=full,vllm,h2o+paged --request_rate=8 --kv_memory=32MiB --goodput=ttft:500,tpot:50
 
@@ -54,7 +55,7 @@ from kvjax.generation import PREFILL_MODES, PrefillPlan, check_positions, genera
 from kvjax.interrupts import held
 from kvjax.lock import locked
 from kvjax.models import Model, load_model, parameters, public
-from kvjax.quality import recall
+from kvjax.quality import recall, task_flags
 from kvjax.quality.speculation import audit_some
 from kvjax.report import plots, profile, table
 from kvjax.report import record as records
@@ -69,7 +70,7 @@ LOAD_ONLY = (
     *LOAD_FLAGS, "burstiness", "trace_speed", "shared_prefix", "kv_memory", "host_memory", "max_num_seqs", "max_num_batched_tokens",
     "enable_prefix_caching", "goodput",
 )  # fmt: skip
-OFFLINE_ONLY = ("batch_size", "prefill_mode", "quality")
+OFFLINE_ONLY = ("batch_size", "prefill_mode", "quality", *task_flags.NAMES)
 
 
 def define_flags() -> None:
@@ -87,11 +88,7 @@ def define_flags() -> None:
     flags.DEFINE_string("calibration", None, "What kvjax.calibrate wrote, for infinigen; default: calibrate now.")
     flags.DEFINE_float("link_gbps", None, "Also estimate the transfer time at this link speed, in GB/s (modelled).", lower_bound=0.001)
     flags.DEFINE_integer("page_size", None, "Slots of a page in the paged store; default: 64.", lower_bound=1)
-    flags.DEFINE_string(
-        "model", "kvjax-4m",
-        "A bundled model (kvjax-4m, kvjax-1m), a public one that is fetched on first use, a preset (with --random_weights), a .gguf "
-        f"file, or a Hugging Face or orbax directory. Public: {public.DESCRIPTION}.",
-    )  # fmt: skip
+    flags.DEFINE_string("model", "kvjax-4m", public.CHOICE)
     flags.DEFINE_bool("random_weights", False, "Random weights: speed and bytes are real, what the model says is not.")
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 elsewhere.")
     flags.DEFINE_integer("num_prompts", None, "Prompts to run; default: 16 offline, 64 under load, all of a file.", lower_bound=1)
@@ -106,6 +103,7 @@ def define_flags() -> None:
     flags.DEFINE_float("top_p", 1.0, "Sample from the most likely tokens that reach this probability.", lower_bound=0.0, upper_bound=1.0)
     flags.DEFINE_integer("seed", 0, "Seed of the prompts and of sampling.")
     flags.DEFINE_bool("quality", True, "Measure fidelity and recall; --noquality gives speed and bytes alone, sooner.")
+    task_flags.define_flags()
     flags.DEFINE_string("request_rate", None, "Requests per second, or inf for all at once: serve under load.")
     flags.DEFINE_float("burstiness", 1.0, "Shape of the gamma distribution of gaps: 1 Poisson, less burstier, inf evenly spaced.")
     flags.DEFINE_string(
@@ -207,21 +205,21 @@ def claimed(directory: pathlib.Path | None) -> Iterator[None]:
 
 def conclude(
     console: Console, found: list[dict[str, Any]], asked: int, output_dir: pathlib.Path | None, problem: BaseException | None,
-    write: Callable[[pathlib.Path], list[str]], draw: Callable[[pathlib.Path], str],
+    write: Callable[[pathlib.Path], list[str]], draw: Callable[[pathlib.Path], list[str]],
 ) -> None:  # fmt: skip
     """Writes and shows the records of what is complete, files first, and raises the problem that ended the run, if one did."""
     if found:
         names: list[str] = []
         if output_dir is not None:
             with held():
-                names = [*write(output_dir), draw(output_dir)]
+                names = [*write(output_dir), *draw(output_dir)]
         table.show(found, console)
         if problem is not None:
             console.print(
                 f"the run has ended early: {len(found)} of {asked} strategies have a record", style="bold yellow", highlight=False
             )
         if output_dir is not None:
-            console.print(f"wrote {', '.join(names[:-1])} and {names[-1]} to {output_dir}", highlight=False)
+            console.print(f"wrote {records.listed(names)} to {output_dir}", highlight=False)
     if problem is not None:
         raise problem
 
@@ -249,6 +247,8 @@ def check_flags(under_load: bool) -> None:
                 f"--{given[0]} has no meaning under load; leave it out, or the load ({', '.join('--' + f for f in LOAD_FLAGS)})"
             )
         raise SpecError(f"--{given[0]} needs a load; add one of {', '.join('--' + f for f in LOAD_FLAGS)}, for example --request_rate=4")
+    if not under_load:
+        task_flags.check_flags()
     for flag in ("input_len", "output_len"):
         load.parse_lengths(str(FLAGS[flag].value))
         if not under_load:
@@ -300,9 +300,9 @@ def run_load(
     def write(directory: pathlib.Path) -> list[str]:
         return records.write_load(directory, found, services, FLAGS.compare is not None)
 
-    def draw(directory: pathlib.Path) -> str:
+    def draw(directory: pathlib.Path) -> list[str]:
         plots.under_load(found, services, directory / "load.png")
-        return "load.png"
+        return ["load.png"]
 
     conclude(console, found, len(chosen), output_dir, problem, write, draw)
     for record, service in zip(found, services, strict=True):
@@ -416,6 +416,8 @@ def run_offline(
     check_positions(model, input_len, max(output_len, questions))
     workload = offline.make_workload(model, num_prompts, input_len, FLAGS.seed, FLAGS.num_facts)
 
+    tasks = task_flags.check_flags()
+    judges, times = FLAGS.quality and not tasks, FLAGS.speed
     batches = offline.steps_of(workload, batch_size) - 1
     columns = (TextColumn("{task.description:<40}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
     measured: list[offline.Measurement] = []
@@ -427,19 +429,26 @@ def run_offline(
     try:
         guides = [guided(model, strategy, console) for strategy in chosen]
         with Progress(*columns, console=console, transient=True) as progress:
-            judging = batches * (1 + len(chosen)) if FLAGS.quality else 0
-            task = progress.add_task("quality", total=judging + (1 + batches) * len(chosen))
+            judging = batches * (1 + len(chosen)) if judges else task_flags.steps(tasks, len(chosen), num_prompts, batch_size)
+            task = progress.add_task("quality", total=judging + ((1 + batches) * len(chosen) if times else 0))
 
             def report(what: str, name: str) -> None:
                 progress.update(task, advance=1, description=f"{name}: {what}")
 
+            answers = task_flags.ask(
+                list(zip(guides, chosen, strict=True)), tasks, length=input_len, count=num_prompts, batch_size=batch_size,
+                progress=lambda what: progress.update(task, advance=1, description=what),
+            )  # fmt: skip
+            if not times:
+                own = options | {"num_prompts": num_prompts}
+                found += [plain(records.untimed(s, model, own) | asked) for s, asked in zip(chosen, answers, strict=True)]
             qualities = [offline.Quality()] * len(chosen)
-            if FLAGS.quality:
+            if judges:
                 qualities = offline.judge(
                     list(zip(guides, chosen, strict=True)), workload, batch_size=batch_size, reserve=output_len, plan=plan,
                     seed=FLAGS.seed, progress=lambda what: report(what, "quality"),
                 )  # fmt: skip
-            for prepared, strategy, quality in zip(guides, chosen, qualities, strict=True):
+            for prepared, strategy, quality, asked in zip(guides, chosen, qualities, answers, strict=True) if times else ():
                 name = strategy.describe()
                 progress.update(task, description=f"{name}: compiling")
                 one = offline.measure(
@@ -448,7 +457,7 @@ def run_offline(
                 )  # fmt: skip
                 with held():
                     measured.append(one)
-                    found.append(plain(records.record(one, model, workload, options)))
+                    found.append(plain(records.record(one, model, workload, options) | asked))
         if profile_dir is not None:
             profile_strategies(profile_dir, model, chosen, workload, batch_size, sampling, plan, console, found)
     except BaseException as error:  # whatever it is, what is complete is kept
@@ -457,9 +466,11 @@ def run_offline(
     def write(directory: pathlib.Path) -> list[str]:
         return records.write(directory, found, measured, workload, model, FLAGS.compare is not None)
 
-    def draw(directory: pathlib.Path) -> str:
+    def draw(directory: pathlib.Path) -> list[str]:
+        if not times:
+            return []
         plots.overview(found, directory / "overview.png")
-        return "overview.png"
+        return ["overview.png"]
 
     conclude(console, found, len(chosen), output_dir, problem, write, draw)
 

@@ -165,7 +165,13 @@ def test_more_memory_than_the_machine_has(byte_model):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: PagedStore(2.5), lambda: PagedStore(10**12), lambda: PagedStore(True), lambda: HostStore(levels=1.5)]
+    "make",
+    [
+        lambda: PagedStore(2.5),  # type: ignore[arg-type]
+        lambda: PagedStore(10**12),
+        lambda: PagedStore(True),
+        lambda: HostStore(levels=1.5),  # type: ignore[arg-type]
+    ],
 )
 def test_stores_refuse(make):
     with pytest.raises(SpecError, match=r"page_size=|levels="):

@@ -1,11 +1,11 @@
 """Strategies asked: tasks put to one model under several strategies, every prompt prefilled once for all of them.
 
-What a strategy loses is told by the same examples under the full cache: differences are paired, and where the full cache itself fails on
-more than half of a task (`GATE`) there is nothing to lose, so strategies are not ranked there.
+What a strategy loses is told by the same examples under the full cache: differences are paired, and where the full
+cache itself fails on more than half of a task (`GATE`) there is nothing to lose, so strategies are not ranked there.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.cache import Decode, Full, HostStore, KVState, Strategy
 from kvjax.errors import SpecError
 from kvjax.generation import as_strategy, check_positions, check_vocabulary, commit, feed, left_after, stage_prompts
+from kvjax.kernels.dispatch import current_device
 from kvjax.models import Decoder, Model
 from kvjax.quality import fidelity
 from kvjax.quality.paired import difference, interval
@@ -29,11 +30,8 @@ GATE = 0.5
 
 STEPS = 8  # per call of the program that feeds questions and writes answers
 
-Guided = Callable[[Strategy], Model]
-"""The model as a strategy needs it (kvjax.calibrate)."""
-
 Progress = Callable[[str], None]
-"""Told after every batch and strategy what was done."""
+"""Told the name of a strategy when it is through with a batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +42,8 @@ class Answers:
       scores: per example, the mean over its questions, 0 to 1; None where nothing is scored.
       written: per example and question, what the model wrote; empty for a task that is fed.
       comparison: against the full cache on what was fed; None for a task that is not fed.
-      nll: per example, the mean negative log-likelihood of what was fed, in nats per token; None for a task that is not fed.
+      nll: per example, the mean negative log-likelihood of what was fed, in nats per token; None for a task that is not
+        fed.
     """
 
     strategy: str
@@ -89,9 +88,8 @@ class Outcome:
 
 
 def ask(
-    model: Model,
+    contenders: Sequence[tuple[Model, str | Strategy]],
     task: Task,
-    strategies: Sequence[str | Strategy],
     *,
     length: int,
     count: int,
@@ -99,42 +97,59 @@ def ask(
     seed: int = 0,
     batch_size: int = 4,
     chat_template: bool = True,
-    guided: Guided | None = None,
     progress: Progress = lambda what: None,
 ) -> Outcome:
     """Puts a task to a model under several strategies, and under the full cache in any case.
 
-    Answers are greedy. A host store has its pool in device memory here: where it stands makes no difference to what is read.
+    Answers are greedy. A host store has its pool in device memory here: where it stands makes no difference to what is
+    read.
 
     Args:
+      contenders: strategies, at least one, each with the model as it needs it (kvjax.calibrated); the same model but
+        for the guide.
       length: tokens of a prompt, question and chat template included.
       count: examples; a user's file gives its first ones.
-      query: `before` and the question is part of the prompt when it is compressed; `after` and it is fed to the compressed cache of the
-        context, by decode.
+      query: `before` and the question is part of the prompt when it is compressed; `after` and it is fed to the
+        compressed cache of the context, by decode.
       batch_size: prompts at a time.
       chat_template: applied where the model has one.
-      guided: None: the model itself, for strategies that do not speculate.
 
     Raises:
       SpecError: a strategy twice, or a way of asking that the task does not know.
-      InputError: a length too short for the task or too long for the model, or a tokenizer that is of no use to the task.
+      InputError: a length too short for the task or too long for the model, or a tokenizer that is of no use to the
+        task.
     """
-    chosen = [_placed(as_strategy(one)) for one in strategies]
-    names = [as_strategy(one).describe() for one in strategies]
+    model = contenders[0][0]
+    names = [as_strategy(strategy).describe() for _, strategy in contenders]
     if twice := {name for name in names if names.count(name) > 1}:
         raise SpecError(f"strategy {twice.pop()} is named twice")
     check_query(task, query)
+    frame, examples = prompts(model, task, length, count, seed, chat_template)
+    full = as_strategy(Strategy(Full()))
+    everyone = {full.describe(): (model, full)}
+    everyone |= {name: (own, _placed(strategy)) for name, (own, strategy) in zip(names, contenders, strict=True)}
+    answers = _asked(everyone, task, frame, examples, query, batch_size, progress)
+    return Outcome(
+        task, max(len(one.context) if task.fed else len(one.prompt()) for one in examples), query, seed, frame.templated,
+        fingerprint(examples), tuple(one.depths for one in examples), answers[full.describe()],
+        tuple(answers[name] for name in names),
+    )  # fmt: skip
+
+
+def prompts(model: Model, task: Task, length: int, count: int, seed: int, chat_template: bool = True) -> tuple[Frame, list[Example]]:
+    """What `ask` puts to the model. Raises InputError as it does, before anything is computed."""
     frame = Frame.of(model.tokenizer, chat_template and not task.fed)
     examples = task.examples(frame, length, count, seed)
-    full = _placed(as_strategy(Strategy(Full())))
-    by_name = dict(zip(names, chosen, strict=True))
-    everyone = {full.describe(): full, **by_name}
-    made = list(_asked(model, task, frame, everyone, guided or (lambda _: model), examples, query, batch_size, progress))
-    found = dict(zip(everyone, made, strict=True))
-    return Outcome(
-        task, max(len(one.prompt()) if not task.fed else len(one.context) for one in examples), query, seed, frame.templated,
-        fingerprint(examples), tuple(one.depths for one in examples), found[full.describe()], tuple(found[name] for name in names),
-    )  # fmt: skip
+    for one in examples:
+        for turn in one.turns:
+            check_positions(model, len(one.context) + len(turn.query), turn.max_new)
+            check_vocabulary(model, np.concatenate([one.context, turn.query]))
+    return frame, examples
+
+
+def steps_of(task: Task, contenders: int, count: int, batch_size: int) -> int:
+    """How often `ask` reports progress, at most; a user's file may have fewer examples."""
+    return (1 + contenders) * -(-count // batch_size)
 
 
 def check_query(task: Task, query: Query) -> None:
@@ -145,9 +160,10 @@ def check_query(task: Task, query: Query) -> None:
         raise SpecError(f"{task.path} has prompts in one piece; to ask after the context, give context and question on every line")
 
 
-def _placed(strategy: Strategy) -> Strategy:
+def _placed(strategy: str | Strategy) -> Strategy:
     """The strategy with its tokens in device memory."""
-    return Strategy(strategy.policy, HostStore("device")) if isinstance(strategy.store, HostStore) else strategy
+    made = as_strategy(strategy)
+    return Strategy(made.policy, HostStore("device")).native(current_device()) if isinstance(made.store, HostStore) else made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,50 +210,66 @@ def _padded(rows: Sequence[np.ndarray], width: int) -> Int[np.ndarray, "B width"
 
 
 def _asked(
-    model: Model, task: Task, frame: Frame, strategies: dict[str, Strategy], guided: Guided, examples: Sequence[Example], query: Query,
+    contenders: Mapping[str, tuple[Model, Strategy]], task: Task, frame: Frame, examples: Sequence[Example], query: Query,
     batch_size: int, progress: Progress,
-) -> Iterator[Answers]:  # fmt: skip
-    """Answers under every strategy; the first is the full cache."""
+) -> dict[str, Answers]:  # fmt: skip
+    """Answers by strategy; the first one is the full cache."""
+    model = next(iter(contenders.values()))[0]
     room = max(turn.max_new for one in examples for turn in one.turns)
-    longest = max(len(one.context) + len(turn.query) for one in examples for turn in one.turns)
-    check_positions(model, longest, room)
-    for one in examples:
-        check_vocabulary(model, np.concatenate([one.context, *(turn.query for turn in one.turns)]))
-    models = {name: guided(strategy) for name, strategy in strategies.items()}
-    scores: dict[str, list[float]] = {name: [] for name in strategies}
-    written: dict[str, list[tuple[str, ...]]] = {name: [] for name in strategies}
-    compared: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in strategies}
-    nll: dict[str, list[float]] = {name: [] for name in strategies}
+    parts: dict[str, list[Answers]] = {name: [] for name in contenders}
     for batch in _batches(examples, query, task.fed, batch_size):
-        staged = stage_prompts(model, tuple(strategies.values()), batch.prompts, batch.lengths)
-        reference = None
-        for name, strategy in strategies.items():
-            kv = commit(models[name], staged, strategy, max(batch.turns[0][0].shape[1] + room, 1))
-            few = examples[batch.real]
+        few = examples[batch.real]
+        staged = stage_prompts(model, [strategy for _, strategy in contenders.values()], batch.prompts, batch.lengths)
+        expected = None
+        for name, (own, strategy) in contenders.items():
+            kv = commit(own, staged, strategy, max(batch.turns[0][0].shape[1] + room, 1))
             if task.fed:
-                predicted = _teach(models[name], strategy, staged.logits, kv, batch.turns[0][0])
-                reference = predicted if reference is None else reference
-                targets = jnp.asarray(batch.turns[0][0])
-                compared[name].append(tuple(np.asarray(x)[: len(few)] for x in fidelity.compare(reference, predicted, targets)))
-                nll[name] += np.asarray(_nll(predicted, targets))[: len(few)].mean(1).tolist()
-                scores[name] += [_share_right(one, row) for one, row in zip(few, np.asarray(predicted.argmax(-1)), strict=False)]
+                logits = _teach(own, strategy, staged.logits, kv, batch.turns[0][0])
+                expected = logits if expected is None else expected
+                parts[name].append(_fed(name, task, few, expected, logits, batch.turns[0][0]))
             else:
-                texts = [_write(models[name], strategy, staged.logits, kv, turn, room, last) for turn, last in _with_last(batch.turns)]
-                for row, one in enumerate(few):
-                    answers = tuple(frame.text(tokens[row]) for tokens in texts[: len(one.turns)])
-                    written[name].append(answers)
-                    scores[name].append(float(np.mean([task.score(a, t) for a, t in zip(answers, one.turns, strict=False)])))
-            progress(f"{name}: {batch.real.stop} of {len(examples)}")
-    for name in strategies:
-        comparison = fidelity.Comparison(*(np.concatenate(x) for x in zip(*compared[name], strict=True))) if compared[name] else None
-        scored = task.metric != ""
-        yield Answers(
-            name,
-            np.asarray(scores[name]) if scored else None,
-            tuple(written[name]),
-            comparison,
-            np.asarray(nll[name]) if nll[name] else None,
-        )
+                texts = [_write(own, strategy, staged.logits, kv, turn, room, last) for turn, last in _with_last(batch.turns)]
+                parts[name].append(_written(name, task, frame, few, texts))
+            progress(name)
+    return {name: _joined(several) for name, several in parts.items()}
+
+
+def _fed(
+    name: str, task: Task, examples: Sequence[Example], expected: Float[Array, "B T V"], logits: Float[Array, "B T V"],
+    fed: Int[np.ndarray, "B T"],
+) -> Answers:  # fmt: skip
+    """What was predicted of what was fed, against what the full cache `expected`."""
+    targets = jnp.asarray(fed)
+    compared = fidelity.Comparison(*(np.asarray(x)[: len(examples)] for x in fidelity.compare(expected, logits, targets)))
+    nll = np.asarray(_nll(logits, targets), float)[: len(examples)].mean(1)
+    guessed = np.asarray(logits.argmax(-1))
+    scores = [_share_right(one, row) for one, row in zip(examples, guessed, strict=False)]
+    return Answers(name, np.asarray(scores) if task.metric else None, (), compared, nll)
+
+
+def _written(name: str, task: Task, frame: Frame, examples: Sequence[Example], tokens: Sequence[Sequence[list[int]]]) -> Answers:
+    """Answers as text, and their scores. `tokens`: by question, by row."""
+    written = tuple(tuple(frame.text(tokens[i][row]) for i in range(min(len(tokens), len(one.turns)))) for row, one in enumerate(examples))
+    scores = [
+        np.mean([task.score(text, turn) for text, turn in zip(texts, one.turns, strict=False)])
+        for texts, one in zip(written, examples, strict=True)
+    ]
+    return Answers(name, np.asarray(scores, float), written)
+
+
+def _joined(parts: Sequence[Answers]) -> Answers:
+    """The answers of all batches in one."""
+    first = parts[0]
+    scores = None if first.scores is None else np.concatenate([one.scores for one in parts if one.scores is not None])
+    written = tuple(texts for one in parts for texts in one.written)
+    if first.comparison is None:
+        return Answers(first.strategy, scores, written)
+    compared = [one.comparison for one in parts if one.comparison is not None]
+    comparison = fidelity.Comparison(
+        *(np.concatenate([getattr(one, field.name) for one in compared]) for field in dataclasses.fields(fidelity.Comparison))
+    )
+    nll = np.concatenate([one.nll for one in parts if one.nll is not None])
+    return Answers(first.strategy, scores, written, comparison, nll)
 
 
 def _with_last(turns: Sequence[tuple]) -> Iterator[tuple[tuple, bool]]:
@@ -247,7 +279,7 @@ def _with_last(turns: Sequence[tuple]) -> Iterator[tuple[tuple, bool]]:
 def _write(
     model: Model, strategy: Strategy, logits: Float[Array, "B V"], kv: KVState, turn: tuple[np.ndarray, np.ndarray], room: int, last: bool
 ) -> list[list[int]]:
-    """Feeds a question to every row and lets it answer; the state is given away at the `last` question, and copied before."""
+    """Feeds a question to every row and lets it answer; the state is given away at the `last` one, copied before."""
     fed, counts = turn
     stops = tuple(int(token) for token in model.config.stop_tokens)
     rows = _Rows(_likeliest(logits), jax.device_put(np.full(len(counts), room, np.int32), model.placement))
@@ -347,9 +379,9 @@ def _share_right(example: Example, guessed: Int[np.ndarray, " T"]) -> float:
 def records(outcome: Outcome) -> list[dict[str, Any]]:
     """What each strategy made of a task, as flat records: the keys begin with `task_` or `fidelity_`.
 
-    `task_score` is 0 to 1; differences are paired by example, to the full cache (`task_loss`, positive where the strategy is worse) and
-    to the first strategy (`task_gain_over_first`), with 95 % intervals (`_low`, `_high`). `task_ranked` says whether the full cache passed
-    the gate.
+    `task_score` is 0 to 1; differences are paired by example, to the full cache (`task_loss`, positive where the
+    strategy is worse) and to the first strategy (`task_gain_over_first`), with 95 % intervals (`_low`, `_high`).
+    `task_ranked` says whether the full cache passed the gate.
     """
     first = outcome.answers[0]
     common = {

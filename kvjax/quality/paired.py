@@ -27,24 +27,26 @@ class Interval:
         return {name: self.mean, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
-def interval(values: Float[np.ndarray, " R"], bounded: bool = True, seed: int = 0) -> Interval:
+def interval(values: Float[np.ndarray, " R"], within: tuple[float, float] | None = (0.0, 1.0), seed: int = 0) -> Interval:
     """The mean of independent values, with the percentile bootstrap's interval.
 
-    Resampling values that are all alike says that nothing varies, however few they are. Of `bounded` values, which cannot be further than
-    1 from each other, the interval then takes in what 1 - 0.05 ** (1 / R) of them could still be without having shown (Clopper-Pearson,
-    one-sided): 26 % at 10 examples, 3 % at 100.
+    Resampling values that are all alike says that nothing varies, however few they are. Of values `within` bounds the
+    interval then takes in what 1 - 0.05 ** (1 / R) of them could still be 1 away without having shown (Clopper-Pearson,
+    one-sided): 26 % of 10 examples, 3 % of 100.
     """
     values = np.asarray(values, float)
     mean = float(values.mean())
     if len(values) < 2:
         return Interval(mean, None, None)
     if np.ptp(values) == 0:
-        unseen = 1 - 0.05 ** (1 / len(values)) if bounded else 0.0
-        return Interval(mean, mean - unseen, mean + unseen)
+        if within is None:
+            return Interval(mean, mean, mean)
+        unseen = 1 - 0.05 ** (1 / len(values))
+        return Interval(mean, max(mean - unseen, within[0]), min(mean + unseen, within[1]))
     found = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed))
     return Interval(mean, float(found.confidence_interval.low), float(found.confidence_interval.high))
 
 
 def difference(one: Float[np.ndarray, " R"], other: Float[np.ndarray, " R"], bounded: bool = True, seed: int = 0) -> Interval:
-    """`one` minus `other`, example by example."""
-    return interval(np.asarray(one, float) - np.asarray(other, float), bounded, seed)
+    """`one` minus `other`, example by example; `bounded`: both are scores, 0 to 1."""
+    return interval(np.asarray(one, float) - np.asarray(other, float), (-1.0, 1.0) if bounded else None, seed)

@@ -12,10 +12,12 @@ import os
 import pathlib
 import platform
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
+from kvjax.cache import Strategy
 from kvjax.engine.engine import Engine
 from kvjax.engine.load import Load
 from kvjax.engine.metrics import TPOT_DEFINITION, Goodput
@@ -89,6 +91,23 @@ def record(measurement: Measurement, model: Model, workload: Workload, options: 
         **measurement.ledger.record(),
         **_transfer(measurement, options),
         **quality,
+    }
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+
+
+def untimed(strategy: Strategy, model: Model, options: dict[str, Any]) -> dict[str, Any]:
+    """The flat record of a strategy that was only put tasks to. `options` are the settings the run was asked for."""
+    return {
+        **setting(),
+        **model_fields(model),
+        "strategy": strategy.describe(),
+        "store": strategy.store.name,
+        "workload": "tasks",
+        **options,
     }
 
 
@@ -173,8 +192,8 @@ def write(
         for measurement in measurements
         for index, (timeline, tokens) in enumerate(zip(measurement.timelines, measurement.samples, strict=True))
     ]
-    texts = {REQUESTS: json_lines(requests)}
-    if model.tokenizer is not None:
+    texts = {REQUESTS: json_lines(requests)} if measurements else {}
+    if model.tokenizer is not None and measurements:
         text = []
         for measurement in measurements:
             for index, tokens in enumerate(measurement.samples[:4]):

@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kvjax.models.source import model_title
+from kvjax.report import tasks
 
 Record = dict[str, Any]
 
@@ -24,7 +26,7 @@ def show(records: Sequence[Record], console: Console) -> None:
     else:
         what += f", batch {first['batch_size']}"
     title = f"{model_title(first)} ({first['dtype']}) on {first['device_kind']}: {what}, seed {first['seed']}"
-    console.print(f"\n[bold]{title}[/bold]", highlight=False)
+    console.print(f"\n[bold]{escape(title)}[/bold]", highlight=False)
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
     for record in records:
@@ -36,6 +38,11 @@ def show(records: Sequence[Record], console: Console) -> None:
         table.add_section()
         table.add_row(f"[bold cyan]{heading}[/bold cyan]")
         for label, cells in shown:
+            table.add_row("  " + label, *(cell or "-" for cell in cells))
+    if "tasks" in first:
+        table.add_section()
+        table.add_row("[bold cyan]tasks (%, 95 % intervals, paired)[/bold cyan]")
+        for label, cells in tasks.rows([record["tasks"] for record in records]):
             table.add_row("  " + label, *(cell or "-" for cell in cells))
     depths = sorted({float(key.rsplit("_", 1)[1]) for r in records for key in r if key.startswith("task_recall_depth_")})
     if depths:

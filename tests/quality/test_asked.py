@@ -16,6 +16,11 @@ from kvjax.quality.tasks import Frame, parse_task
 STRATEGIES = ["h2o(heavy=0.1,recent=0.1)", "oracle_topk(k=0.1)", "full"]
 
 
+def under(model, *strategies):
+    """Contenders: one model under several strategies."""
+    return [(model, strategy) for strategy in strategies]
+
+
 @pytest.fixture
 def model(byte_model):
     """Random weights: what it writes is nonsense, but another nonsense for every other cache."""
@@ -44,7 +49,7 @@ def written_apart(model, strategy, context, query, room):
 def test_equals_separate_passes(model, query, stringing):
     model = dataclasses.replace(model, stringing=stringing)
     task = parse_task("kv(turns=2,pairs=0,digits=3)")
-    outcome = asked.ask(model, task, STRATEGIES, length=300, count=3, query=query, batch_size=2, seed=5)
+    outcome = asked.ask(under(model, *STRATEGIES), task, length=300, count=3, query=query, batch_size=2, seed=5)
     examples = task.examples(Frame.of(model.tokenizer), 300, 3, seed=5)
     some = set()
     for spec, answers in zip(STRATEGIES, outcome.answers, strict=True):
@@ -68,18 +73,18 @@ def test_questions_of_several_lengths_are_as_if_alone(model, tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     task = parse_task(str(path))
     strategies = ["h2o(heavy=8,recent=8)"]
-    outcome = asked.ask(model, task, strategies, length=0, count=3, query="after", batch_size=3)
+    outcome = asked.ask(under(model, *strategies), task, length=0, count=3, query="after", batch_size=3)
     for spec, answers in zip(strategies, outcome.answers, strict=True):
         for one, (text,) in zip(task.examples(Frame.of(model.tokenizer), 0, 3, 0), answers.written, strict=True):
             assert text == written_apart(model, spec, one.context, one.turns[0].query, 7)
     path.write_text('{"prompt": "one piece", "answers": ["x"]}')
     with pytest.raises(SpecError, match="prompts in one piece"):
-        asked.ask(model, parse_task(str(path)), ["full"], length=0, count=1, query="after")
+        asked.ask(under(model, "full"), parse_task(str(path)), length=0, count=1, query="after")
 
 
 def test_what_is_fed_is_compared_with_the_full_cache(byte_model):
     task = parse_task("prose(tokens=9)")
-    outcome = asked.ask(byte_model, task, ["h2o(heavy=0.1,recent=0.1)"], length=120, count=3, batch_size=2, seed=2)
+    outcome = asked.ask(under(byte_model, "h2o(heavy=0.1,recent=0.1)"), task, length=120, count=3, batch_size=2, seed=2)
     examples = task.examples(Frame.of(byte_model.tokenizer), 120, 3, seed=2)
     rows = np.stack([one.prompt() for one in examples])
     full = score(byte_model, rows, prompt_len=120)[:, :-1]
@@ -101,7 +106,7 @@ def test_what_is_fed_is_compared_with_the_full_cache(byte_model):
 def test_trained_model_is_asked_for_facts():
     """kvjax-1m remembers facts, and streaming forgets those outside its window."""
     model = load_model("kvjax-1m")
-    outcome = asked.ask(model, parse_task("recall(facts=4)"), ["streaming(sinks=4,window=160)", "full"], length=400, count=3, seed=1)
+    outcome = asked.ask(under(model, "streaming(sinks=4,window=160)", "full"), parse_task("recall(facts=4)"), length=400, count=3, seed=1)
     streaming, full = outcome.answers
     assert full.score >= 0.75
     assert outcome.gated
@@ -113,7 +118,7 @@ def test_trained_model_is_asked_for_facts():
 
 
 def test_below_the_gate_nothing_is_ranked(byte_model):
-    outcome = asked.ask(byte_model, parse_task("niah_single(digits=9)"), ["streaming"], length=230, count=2)
+    outcome = asked.ask(under(byte_model, "streaming"), parse_task("niah_single(digits=9)"), length=230, count=2)
     assert outcome.full.score == 0.0
     assert not outcome.gated
     assert asked.records(outcome)[0]["task_ranked"] is False
@@ -121,10 +126,10 @@ def test_below_the_gate_nothing_is_ranked(byte_model):
 
 def test_what_cannot_be_asked_is_said(byte_model, opt_model):
     with pytest.raises(SpecError, match="task recall can only be asked after, not before"):
-        asked.ask(byte_model, parse_task("recall"), ["full"], length=200, count=1, query="before")
+        asked.ask(under(byte_model, "full"), parse_task("recall"), length=200, count=1, query="before")
     with pytest.raises(SpecError, match="named twice"):
-        asked.ask(byte_model, parse_task("kv"), ["full", "full"], length=200, count=1)
+        asked.ask(under(byte_model, "full", "full"), parse_task("kv"), length=200, count=1)
     with pytest.raises(InputError, match="exceed the 256 positions"):
-        asked.ask(byte_model, parse_task("niah_single"), ["full"], length=256, count=1)
+        asked.ask(under(byte_model, "full"), parse_task("niah_single"), length=256, count=1)
     with pytest.raises(InputError, match="no tokenizer"):
-        asked.ask(opt_model, parse_task("niah_single"), ["full"], length=100, count=1)
+        asked.ask(under(opt_model, "full"), parse_task("niah_single"), length=100, count=1)

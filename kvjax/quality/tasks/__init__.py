@@ -1,12 +1,14 @@
-"""Tasks: prompts with questions, made without a network, the same for the same seed, exact to the token. One file a task.
+"""Tasks: prompts with questions, made without a network, the same for the same seed, exact to the token.
+
+One file a task.
 
     tasks = parse_tasks("niah_single,niah_single(haystack=repeat),mine.jsonl")
     frame = Frame.of(model.tokenizer)
     examples = tasks[0].examples(frame, length=1024, count=20, seed=0)
 
-Making prompts (a task's file), laying them out (frame, texts) and judging answers (metrics) know nothing of each other; asking a model is
-kvjax.quality.asked. What is measured follows RULER (arXiv:2404.06654) and SCBench (arXiv:2412.10319); all texts are kvjax's own, so scores
-are comparable between strategies here and not with scores published elsewhere.
+Making prompts (a task's file), laying them out (frame, texts) and judging answers (metrics) know nothing of each other;
+asking a model is kvjax.quality.asked. What is measured follows RULER (arXiv:2404.06654) and SCBench (arXiv:2412.10319);
+all texts are kvjax's own, so scores are comparable between strategies here and not with scores published elsewhere.
 """
 
 import ast

@@ -15,7 +15,7 @@ from kvjax.quality.tasks.frame import Frame
 from kvjax.quality.tasks.metrics import METRICS
 
 Query = Literal["before", "after"]
-"""When a question is seen: before the prompt is compressed, as its end, or after, fed to the compressed cache of the context alone."""
+"""When a question is seen: before the prompt is compressed, as its end, or after, fed to the compressed context."""
 QUERIES = get_args(Query)
 
 _GOLDEN = (5**0.5 - 1) / 2
@@ -27,8 +27,8 @@ class Turn:
     """A question about a context.
 
     Attributes:
-      query: tokens behind the context: the question, what closes the chat template, how the answer begins. For a task that is fed
-        (`Task.fed`) the true continuation.
+      query: tokens behind the context: the question, what closes the chat template, how the answer begins. For a task
+        that is fed (`Task.fed`) the true continuation.
       answers: right answers, as texts; empty for a task that is fed.
       max_new: tokens that an answer may take.
       asked: indices into `query` of answers that are judged there, [Q, digits]; None for all others.
@@ -83,7 +83,9 @@ class Task(abc.ABC):
         """
 
     def examples(self, frame: Frame, length: int, count: int, seed: int) -> list[Example]:
-        """`count` examples. Each depends on the seed, the length and its number alone, so that the first of many are those of few.
+        """`count` examples.
+
+        Each depends on the seed, the length and its number alone, so that the first of many are those of few.
 
         Raises InputError when `length` is too short, or when this tokenizer is of no use to the task.
         """

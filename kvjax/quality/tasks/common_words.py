@@ -15,7 +15,7 @@ _RATIO = 10  # a common word comes so much oftener than another
 
 @dataclasses.dataclass(frozen=True)
 class CommonWords(Task):
-    """`common`: how many words come often, ten times as often as each of the others, which fill the other half of the list."""
+    """`common`: words that come often, ten times as often as each of the others, which fill the other half."""
 
     name: ClassVar[str] = "cwe"
     common: int = 10
@@ -51,7 +51,7 @@ class CommonWords(Task):
         return Example(np.asarray(begin + frame.pad(spare) + heading + body, np.int32), (one,))
 
     def _list(self, common: list[str], others: list[str], often: int) -> list[str]:
-        """The list in which every common word comes `often` times; as many others, each a tenth as often, but once at least."""
+        """The list in which every common word comes `often` times; as many others, each a tenth as often, at least once."""
         seldom = max(1, often // _RATIO)
         count = len(common) * often // seldom
         return common * often + [word for word in others[:count] for _ in range(seldom)]

@@ -1,4 +1,4 @@
-"""Text that goes on: how well the next tokens are predicted, fed one by one through decode (perplexity, and KLD to the full cache)."""
+"""Text that goes on: how well its tokens are predicted, fed one by one through decode (perplexity, KLD)."""
 
 import dataclasses
 from typing import ClassVar

@@ -16,9 +16,12 @@ _FIELDS = ("prompt", "context", "question", "answers", "opening", "max_tokens")
 
 @dataclasses.dataclass(frozen=True)
 class FileTask(Task):
-    """Lines of `context`, `question` and `answers`, or of `prompt` and `answers`; also `opening` (how the answer begins) and `max_tokens`.
+    """Lines of `context`, `question` and `answers`, or of `prompt` and `answers`.
 
-    A prompt that is one piece can only be asked before it is compressed. Prompts are as long as they are, whatever length is asked for.
+    Also `opening` (how the answer begins) and `max_tokens`.
+
+    A prompt that is one piece can only be asked before it is compressed. Prompts are as long as they are, whatever
+    length is asked for.
     """
 
     name: ClassVar[str] = "file"

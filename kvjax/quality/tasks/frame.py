@@ -1,8 +1,8 @@
-"""From texts to the tokens of a prompt: what stands around a user's message, and how a prompt gets exactly the length that is asked for.
+"""From texts to the tokens of a prompt: what stands around a message, and how a prompt gets its exact length.
 
-A prompt is put together from pieces that begin where a word or a line does, which is where tokenizers cut anyway: its tokens are those that
-the tokenizer makes of the whole text. The cut between context and question is one of these places, so that the question costs the same
-tokens whether it is compressed with the context or comes later.
+A prompt is put together from pieces that begin where a word or a line does, which is where tokenizers cut anyway: its
+tokens are those that the tokenizer makes of the whole text. The cut between context and question is one of these
+places, so that the question costs the same tokens whether it is compressed with the context or comes later.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class Frame:
         return self.ids(self.head + text) if self.templated else [*self._added[0], *self.ids(text)]
 
     def end(self, question: str, opening: str = "") -> list[int]:
-        """Tokens of a prompt's end: the question, what closes the message, and the words with which the answer begins."""
+        """Tokens of a prompt's end: the question, what closes the message, and how the answer begins."""
         return self.ids(question + self.tail + opening)
 
     def text(self, ids: Sequence[int]) -> str:
@@ -72,7 +72,7 @@ class Frame:
         return [word for word, size in zip(words, sizes, strict=True) if size == usual]
 
     def pad(self, count: int) -> list[int]:
-        """`count` tokens that say nothing: dots, or a short word again and again, whatever a tokenizer has as one token."""
+        """`count` tokens that say nothing: dots, or a short word again and again, whatever is one token."""
         for unit in _PADS:
             ids = self.ids(unit * count)
             if len(ids) == count:

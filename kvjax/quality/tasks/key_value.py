@@ -1,4 +1,4 @@
-"""Keys with values, and several questions about one context (the idea of SCBench's multi-turn retrieval, arXiv:2412.10319)."""
+"""Keys with values, and several questions about one context (the idea of SCBench, arXiv:2412.10319)."""
 
 import dataclasses
 from collections import Counter
@@ -14,8 +14,8 @@ from kvjax.quality.tasks.texts import WORDS
 
 @dataclasses.dataclass(frozen=True)
 class KeyValue(Task):
-    """`turns`: questions about one context, each asked of the cache as it was after the context. Asked `before`, only the first is: a
-    cache that was compressed with one question in view serves that question.
+    """`turns`: questions about one context, each asked of the cache as it was after the context. Asked `before`, only
+    the first is: a cache that was compressed with one question in view serves that question.
 
     `pairs`: keys in a text of prose; 0: the context is one JSON object, of as many keys as fit. `digits`: of a value.
     """

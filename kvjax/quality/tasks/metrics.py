@@ -1,6 +1,7 @@
 """How an answer is judged: each takes what the model wrote and the right answers, and gives 0 to 1.
 
-`match_all` and `match_any` are RULER's string matches (arXiv:2404.06654, section 4; its code calls the second "part"), case ignored.
+`match_all` and `match_any` are RULER's string matches (arXiv:2404.06654, section 4; its code calls the second "part"),
+case ignored.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -19,7 +19,7 @@ class NiahMultivalue(Task):
 
     name: ClassVar[str] = "niah_multivalue"
     values: int = 4
-    digits: int = 7
+    digits: int = 5
     haystack: str = "prose"
 
     def __post_init__(self):

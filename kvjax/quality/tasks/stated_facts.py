@@ -1,4 +1,4 @@
-"""The recall task of the bundled models (kvjax.quality.recall): facts in code, asked for behind the prompt, the true answers fed."""
+"""The recall task of the bundled models (kvjax.quality.recall): facts in code, their true answers fed."""
 
 import dataclasses
 from typing import ClassVar

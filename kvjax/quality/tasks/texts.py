@@ -88,7 +88,7 @@ def insert(pieces: list[list[int]], needles: Sequence[list[int]], depths: Sequen
 
 
 def passage(frame: Frame, kind: str, rng: np.random.Generator, length: int) -> list[int]:
-    """`length` consecutive tokens of `prose` or `code` from a random place, as a text of its own, without a chat template."""
+    """`length` consecutive tokens of `prose` or `code` from a random place, without a chat template."""
     plain = Frame(frame.tokenizer)
     if kind == "code":
         source = recall.standard_library(held_out=True)

@@ -17,7 +17,10 @@ _LETTERS, _DIGITS = 5, 5
 
 @dataclasses.dataclass(frozen=True)
 class VariableTracking(Task):
-    """`hops`: assignments after the first, each of the last variable. `shots`: solved examples before the text, 0 or 1."""
+    """`hops`: assignments after the first, each of the last variable.
+
+    `shots`: solved examples before the text, 0 or 1.
+    """
 
     name: ClassVar[str] = "vt"
     hops: int = 4
