@@ -44,6 +44,7 @@ from kvjax.kernels.shapes import Case
 from kvjax.kernels.targets import Target, TargetError
 
 from kvjax import kernels
+from kvjax.files import dumps, replace
 
 REGISTERS, SHARED_MEMORY, THREADS = 65536, 227 * 1024, 2048  # of a Hopper multiprocessor
 RESULTS = pathlib.Path("experiments/results/aot")
@@ -289,7 +290,7 @@ def read_records(folder: pathlib.Path | None, listed: dict[str, list[Case]]) -> 
         return {}
     names = {(operation, case.implementation, case.name) for operation, cases in listed.items() for case in cases}
     found = {}
-    for text in (folder / "records.jsonl").read_text().splitlines():
+    for text in (folder / "records.jsonl").read_text("utf-8").splitlines():
         record = json.loads(text)
         if record.pop("versions") != versions() or record.get("source") != source_of(record["operation"]):
             continue
@@ -304,9 +305,9 @@ def write_records(folder: pathlib.Path | None, found: dict[tuple[str, ...], Outc
         return
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = [found[at] for at in sorted(found)]
-    records = (json.dumps(dataclasses.asdict(outcome) | {"versions": versions()}) for outcome in outcomes)
-    (folder / "records.jsonl").write_text("\n".join(records) + "\n")
-    (folder / "aot.md").write_text(report(outcomes, listed))
+    records = (dumps(dataclasses.asdict(outcome) | {"versions": versions()}) for outcome in outcomes)
+    replace(folder / "records.jsonl", "\n".join(records) + "\n")
+    replace(folder / "aot.md", report(outcomes, listed))
 
 
 def find_compilers() -> None:

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from experiments.aot import captured_output, find_compilers
+from kvjax.files import replace
 
 # isort: split
 import jax
@@ -104,7 +105,7 @@ def compile_case(case: Case, device: Device, text_dir: pathlib.Path | None = Non
     text, memory = program.as_text() or "", program.memory_analysis()
     if text_dir is not None:
         text_dir.mkdir(parents=True, exist_ok=True)
-        (text_dir / f"{case.name.replace(' ', '_')}.txt").write_text(text)
+        replace(text_dir / f"{case.name.replace(' ', '_')}.txt", text)
     assert memory is not None
     keys = jax.tree.leaves(programs.state(setting, BATCH if case.program == "decode" else setting.prefill_batch).layers[0].store)[0]
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -44,8 +44,8 @@ from kvjax import compilation
 from kvjax.cache import Strategy
 from kvjax.cache.attention import prompt_attention
 from kvjax.command import answered, start
-from kvjax.errors import InputError, ModelError, SpecError
-from kvjax.models import Decoder, Model, ModelConfig, load_model
+from kvjax.errors import InputError, ModelError, NotFiniteError, SpecError
+from kvjax.models import Decoder, Model, ModelConfig, load_model, public
 from kvjax.models.checkpoint import MARKER_FILE
 from kvjax.models.decoder import Attention, Block
 from kvjax.models.guide import Guide, QueryGuide
@@ -174,6 +174,8 @@ def calibrate(model: Model, tokens: Int[Array | np.ndarray, "B S"] | None = None
         for name, value in zip(_ARRAYS, values, strict=True):
             found[name].append(value)
     arrays = {name: np.stack(values) for name, values in found.items()}
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise NotFiniteError(f"{config.name} in {model.dtype}: queries and keys of the sample are not finite; nothing follows from them")
     return Calibration(config.name, _fingerprint(model), rows.size, **arrays)
 
 
@@ -236,9 +238,10 @@ def _skew(queries: Float[np.ndarray, "Hkv N D"]) -> Float[np.ndarray, "Hkv D D"]
     """V of Q = U S V^T, each column with the sign that makes its largest entry positive.
 
     The paper orders columns by the product of the singular values of Q and K. Each decomposition sorts its own in descending order, so the
-    order of V is that order already.
+    order of V is that order already. V comes from Q^T Q in double precision, which is as good as a decomposition of Q in single, and sooner.
     """
-    right = np.linalg.svd(queries, full_matrices=False)[2].swapaxes(-1, -2)
+    wide = queries.astype(np.float64)
+    right = np.linalg.eigh(wide.swapaxes(-1, -2) @ wide)[1][..., ::-1].astype(np.float32)
     largest = np.take_along_axis(right, np.abs(right).argmax(-2, keepdims=True), axis=-2)
     return right * np.where(largest < 0, np.float32(-1), np.float32(1))
 
@@ -540,7 +543,7 @@ def _fold(config: ModelConfig, params: dict[str, Any], skew: Float[np.ndarray, "
 def define_flags() -> None:
     """Called once, when this module is the program."""
     compilation.define_flag()
-    flags.DEFINE_string("model", "kvjax-4m", "A bundled model, a preset (with --random_weights), or a Hugging Face or orbax directory.")
+    flags.DEFINE_string("model", "kvjax-4m", public.CHOICE)
     flags.DEFINE_string("output_dir", None, "The directory to write; it must not exist.", required=True)
     flags.DEFINE_integer("num_tokens", SAMPLE_TOKENS, "Tokens of the sample.", lower_bound=1)
     flags.DEFINE_bool("random_weights", False, "Random weights: the model that kvjax.run has under the same flag.")

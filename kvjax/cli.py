@@ -8,8 +8,7 @@ import runpy
 import sys
 from collections.abc import Callable, Mapping
 
-from kvjax.command import fail
-from kvjax.errors import KvjaxError
+from kvjax.command import end_well, fail
 
 PROGRAMS = {name: f"kvjax.{name}" for name in ("run", "plan", "advise", "calibrate", "train", "report")}
 """Subcommands that are programs of their own."""
@@ -50,12 +49,7 @@ def main() -> None:
         sys.exit(0 if name else 2)
     if name not in COMMANDS:
         fail(f"there is no command {name!r}; there are: {', '.join([*COMMANDS, *PROGRAMS])}")
-    try:
-        COMMANDS[name](arguments)
-    except KvjaxError as error:
-        fail(error)
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
+    end_well(lambda: COMMANDS[name](arguments))
 
 
 if __name__ == "__main__":

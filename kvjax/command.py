@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -31,20 +32,29 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, e
 PLAINER = {"±": "+-", "∞": "inf", "…": "...", "μ": "u", "µ": "u", "–": "-", "·": "*", "×": "x"}
 """What stands for a sign that a stream cannot show; for others a question mark."""
 
+AGAIN = 0.01
+"""Seconds."""
+
 _received: list[int] = []
 """Signals that the program has got."""
 
 
 def start(main: Callable[[list[str]], Any]) -> NoReturn:
-    """Runs a program: `main` with the arguments that are no flags. Ends the process."""
+    """Runs a program that has flags: `main` with the arguments that are none. Ends the process."""
+    end_well(lambda: app.run(main, flags_parser=parse_flags))
+
+
+def end_well(program: Callable[[], Any]) -> NoReturn:
+    """Runs a program, and ends the process as this module says."""
     steady_streams()
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, _interrupt)
+    sys.unraisablehook = _unraisable
     code: Any = 0
     try:
         with answered():
-            app.run(main, flags_parser=parse_flags)
+            program()
     except SystemExit as ended:
         code = ended.code
     with answered(quietly=True):
@@ -149,3 +159,13 @@ codecs.register_error(_PLAINER_ERRORS, _plainer)
 def _interrupt(signum: int, frame: Any) -> NoReturn:
     _received.append(signum)
     raise KeyboardInterrupt
+
+
+def _unraisable(problem: Any) -> None:
+    """An interrupt that came while the garbage was collected, where nothing can be raised, comes again a little later."""
+    if not issubclass(problem.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(problem)
+        return
+    again = threading.Timer(AGAIN, os.kill, (os.getpid(), _received[-1] if _received else signal.SIGINT))
+    again.daemon = True
+    again.start()

@@ -88,11 +88,7 @@ def define_flags() -> None:
     flags.DEFINE_string("calibration", None, "What kvjax.calibrate wrote, for infinigen; default: calibrate now.")
     flags.DEFINE_float("link_gbps", None, "Also estimate the transfer time at this link speed, in GB/s (modelled).", lower_bound=0.001)
     flags.DEFINE_integer("page_size", None, "Slots of a page in the paged store; default: 64.", lower_bound=1)
-    flags.DEFINE_string(
-        "model", "kvjax-4m",
-        "A bundled model (kvjax-4m, kvjax-1m), a public one that is fetched on first use, a preset (with --random_weights), a .gguf "
-        f"file, or a Hugging Face or orbax directory. Public: {public.DESCRIPTION}.",
-    )  # fmt: skip
+    flags.DEFINE_string("model", "kvjax-4m", public.CHOICE)
     flags.DEFINE_bool("random_weights", False, "Random weights: speed and bytes are real, what the model says is not.")
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 elsewhere.")
     flags.DEFINE_integer("num_prompts", None, "Prompts to run; default: 16 offline, 64 under load, all of a file.", lower_bound=1)

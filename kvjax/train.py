@@ -12,6 +12,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import platform
 import shutil
@@ -24,10 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from absl import app, flags, logging
+from absl import flags, logging
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kvjax import checks, command
 from kvjax.cache.steps import Forward
+from kvjax.errors import InputError, NotFiniteError, SpecError
+from kvjax.files import dumps, replace
+from kvjax.lock import locked
 from kvjax.models import hugging_face
 from kvjax.models.config import BUNDLED, preset
 from kvjax.models.decoder import Decoder, rope_frequencies
@@ -279,11 +284,11 @@ def train(model_name: str, recipe: Recipe, output_dir: pathlib.Path, seed: int, 
         if (latest := manager.latest_step()) is not None:
             state = manager.restore(latest, args=ocp.args.StandardRestore(state))
             first = latest
-            kept = [line for line in curve.read_text().splitlines() if json.loads(line)["step"] < first]
-            curve.write_text("".join(line + "\n" for line in kept))
+            kept = [line for line in curve.read_text("utf-8").splitlines() if json.loads(line)["step"] < first]
+            replace(curve, "".join(line + "\n" for line in kept))
             print(f"resuming at step {first} of {recipe.steps}", flush=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
-        with Progress(*columns) as progress, curve.open("a") as log:
+        with Progress(*columns) as progress, curve.open("a", encoding="utf-8") as log:
             task = progress.add_task(model_name, total=recipe.steps, completed=first)
             began, seen = time.perf_counter(), 0
             batches = ahead(partial(batch_at, recipe, seed), range(first, recipe.steps))
@@ -292,8 +297,10 @@ def train(model_name: str, recipe: Recipe, output_dir: pathlib.Path, seed: int, 
                 seen += batch["tokens"].size
                 if step % 20 == 0 or step == recipe.steps - 1:
                     values = {name: round(float(value), 4) for name, value in shown.items()}
+                    if not all(map(math.isfinite, values.values())):
+                        raise NotFiniteError(f"training has diverged: at step {step} the loss is not finite; the last checkpoint stays")
                     rate = seen / (time.perf_counter() - began)
-                    log.write(json.dumps({"step": step, "context": batch["tokens"].shape[1], **values, "bytes_per_s": round(rate)}) + "\n")
+                    log.write(dumps({"step": step, "context": batch["tokens"].shape[1], **values, "bytes_per_s": round(rate)}) + "\n")
                     log.flush()
                     text = f"bits/byte {values['bits_per_byte']:.3f}  recall {values['recall']:.2f}  {rate:.0f} bytes/s"
                     progress.update(task, completed=step + 1, description=f"{model_name}  {text}")
@@ -311,7 +318,7 @@ def plot_curve(curve: pathlib.Path, picture: pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in curve.read_text().splitlines()]
+    rows = [json.loads(line) for line in curve.read_text("utf-8").splitlines()]
     steps = [row["step"] for row in rows]
     figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
     axis.plot(steps, [row["bits_per_byte"] for row in rows], color="tab:blue", linewidth=1)
@@ -327,10 +334,23 @@ def plot_curve(curve: pathlib.Path, picture: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def main(argv):
-    del argv
+def main(argv: list[str]) -> None:
+    with command.answered():
+        if len(argv) > 1:
+            raise SpecError(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
+        checks.seed("--seed", FLAGS.seed)
+        output_dir = pathlib.Path(FLAGS.output_dir)
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output_dir={output_dir}: cannot write there: {error.strerror}") from None
+        with locked(output_dir):
+            run(output_dir)
+
+
+def run(output_dir: pathlib.Path) -> None:
+    """Trains, and writes the model with what is known of it."""
     recipe = RECIPES[FLAGS.model].scaled(FLAGS.scale)
-    output_dir = pathlib.Path(FLAGS.output_dir)
     params = train(FLAGS.model, recipe, output_dir, FLAGS.seed, FLAGS.checkpoint_every)
 
     config = preset(FLAGS.model)
@@ -338,7 +358,7 @@ def main(argv):
     hugging_face.save_directory(directory, config, params, jnp.bfloat16)
     rounded = hugging_face.load_parameters(directory, config, jnp.float32)
     scores = held_out_scores(Decoder(config), rounded)
-    print(json.dumps(scores, indent=2))
+    print(dumps(scores, indent=2))
     record = {
         "model": FLAGS.model,
         "parameters": config.parameter_count,
@@ -349,7 +369,7 @@ def main(argv):
         "jax": jax.__version__,
         "held_out": scores,
     }
-    (directory / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    replace(directory / "training.json", dumps(record, indent=2) + "\n")
     shutil.copy(output_dir / "loss.jsonl", directory / "loss.jsonl")
     plot_curve(directory / "loss.jsonl", directory / "loss.png")
     print(f"wrote {directory}; copy it to kvjax/assets/ to make it the bundled {FLAGS.model}")
@@ -357,4 +377,4 @@ def main(argv):
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.WARNING)
-    app.run(main)
+    command.start(main)

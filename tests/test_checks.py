@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from kvjax import Engine, PrefillPlan, Sampling, checks, generate, score, stream
+from kvjax import Engine, HostStore, PagedStore, PrefillPlan, Sampling, checks, generate, parse_strategy, score, stream
+from kvjax.cache import tokens
 from kvjax.engine.load import Fixed, make_load, parse_lengths, read_prompts
 from kvjax.engine.memory import parse_memory
 from kvjax.errors import InputError, KvjaxError, SpecError
@@ -156,6 +157,33 @@ def test_an_engine_refuses_settings(byte_model, options):
 
 def test_rows_for_a_billion_sequences_are_found_at_once(byte_model):
     assert Engine(byte_model, "vllm", kv_memory=2**20, max_model_len=64, max_num_seqs=10**9).limits.max_num_seqs < 2**20
+
+
+def test_more_memory_than_the_machine_has(byte_model):
+    with pytest.raises(InputError, match=r"the cache of the engine takes \d+ bytes, and this machine has"):
+        Engine(byte_model, "vllm", kv_memory=2**50, max_model_len=64, max_num_seqs=2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: PagedStore(2.5),  # type: ignore[arg-type]
+        lambda: PagedStore(10**12),
+        lambda: PagedStore(True),
+        lambda: HostStore(levels=1.5),  # type: ignore[arg-type]
+    ],
+)
+def test_stores_refuse(make):
+    with pytest.raises(SpecError, match=r"page_size=|levels="):
+        make()
+
+
+@pytest.mark.parametrize("spec", ["h2o(heavy=1e-9,recent=0.1)", "streaming(sinks=0,window=1e-12)", "oracle_topk(k=1e-300)"])
+def test_a_fraction_is_a_token_at_least(spec):
+    policy = parse_strategy(spec).policy
+    assert (policy.kept_tokens(50) or 1) >= 1
+    assert tokens(1e-300, 50) == 1
+    assert tokens(0.0, 50) == 0
 
 
 def test_memory_is_exact():

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -195,3 +196,19 @@ def test_what_another_handler_does_with_a_signal_it_does_later(monkeypatch):
         assert heard == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_an_interrupt_in_a_destructor_is_not_lost(monkeypatch):
+    class Collected:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "unraisablehook", command._unraisable)
+
+    def wait() -> None:
+        one = Collected()
+        del one  # the interrupt is swallowed here
+        time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt):
+        wait()

@@ -10,8 +10,11 @@ from absl.testing import flagsaver
 
 from kvjax import run
 from kvjax.command import parse_flags
+from kvjax.engine import offline
 from kvjax.errors import InputError
+from kvjax.lock import locked
 from kvjax.report import profile
+from kvjax.report import record as records_of_runs
 
 COMPARE = "full,streaming(sinks=2,window=20),h2o(heavy=8,recent=8)"
 SMALL = ["--model=kvjax-1m", "--random_weights", "--num_prompts=3", "--batch_size=2", "--input_len=64", "--num_facts=2", "--output_len=4"]
@@ -166,6 +169,15 @@ REFUSED = [
     (["--temperature=-1"], "flag --temperature=-1"),
     (["--temperature=nan"], "temperature=nan is not a number >= 0"),
     (["--top_p=0"], "top_p=0.0 is not in (0, 1]"),
+    (["--seed=-1"], "kvjax: --seed=-1 is out of range; give one from 0 to"),
+    (["--seed=2147483640", "--num_prompts=9"], "kvjax: --seed=2147483640 is out of range; give one from 0 to 2147483639"),
+    (["--seed=99999999999999999999", "--request_rate=1"], "kvjax: --seed=99999999999999999999 is out of range"),
+    (["--top_k=99999999999"], "top_k=99999999999 is out of range"),
+    (["--temperature=1e-45"], "temperature=1e-45 is beyond reason"),
+    (["--link_gbps=nan"], "flag --link_gbps=nan is not a number >= 0.001"),
+    (["--output_dir="], "--output_dir names no directory"),
+    (["--input_len=1" + "0" * 30], "length=1000000000000000000000000000000 is out of range"),
+    (["--budget=1" + "0" * 30], "more tokens than any prompt has"),
     (["--no_such_flag"], "Unknown command line flag 'no_such_flag'"),
     (["h2o"], "unexpected argument 'h2o'; flags start with --, see --help"),
 ]
@@ -174,6 +186,69 @@ REFUSED = [
 @pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[" ".join(a[-2:]) for a, _ in REFUSED])
 def test_bad_input_is_one_line(refused, arguments, message):
     assert message in refused(*arguments)
+
+
+def test_one_run_at_a_time_writes_to_a_directory(refused, tmp_path):
+    with locked(tmp_path):
+        assert f"{tmp_path} is being written by process" in refused(*SMALL, f"--output_dir={tmp_path}")
+
+
+def test_the_directory_of_a_sweep_is_left_alone(refused, tmp_path):
+    (tmp_path / "records.csv").write_text("")
+    assert f"{tmp_path} is the directory of a sweep (it holds records.csv)" in refused(*SMALL, f"--output_dir={tmp_path}")
+
+
+@pytest.fixture
+def ended(capsys):
+    """A function that runs the command line in this process, and returns its exit code and what it said on the standard error."""
+    if "strategy" not in flags.FLAGS:
+        run.define_flags()
+
+    def invoke(*arguments: str) -> tuple[object, str]:
+        code: object = 0
+        try:
+            with flagsaver.flagsaver():
+                run.main(parse_flags(["kvjax.run", *arguments]))
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, capsys.readouterr().err
+
+    return invoke
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "said"), [(KeyboardInterrupt(), 130, "kvjax: interrupted\n"), (InputError("no more"), 2, "kvjax: no more\n")]
+)
+def test_what_is_complete_is_written_whatever_ends_the_run(ended, monkeypatch, tmp_path, problem, code, said):
+    real, calls = offline.measure, []
+
+    def measure(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise problem
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(offline, "measure", measure)
+    for name in ("series.jsonl", "load.png", "record.json", "mine.txt"):
+        (tmp_path / name).write_text("of an earlier run")
+    result, errors = ended(*SMALL, "--noquality", "--compare=full,streaming", f"--output_dir={tmp_path}")
+    assert (result, errors.splitlines(keepends=True)[-1]) == (code, said)
+    assert "has an earlier run's record.json, series.jsonl, load.png: this run's will take their place" in errors
+    assert {path.name for path in tmp_path.iterdir()} == {"records.jsonl", "requests.jsonl", "samples.txt", "overview.png", "mine.txt"}
+    assert [json.loads(line)["strategy"] for line in (tmp_path / "records.jsonl").read_text("utf-8").splitlines()] == ["full"]
+
+
+def test_a_single_record_is_json(ended, monkeypatch, tmp_path):
+    """What has no value is null; the file is one JSON value."""
+    real = records_of_runs.record
+
+    def record(*arguments):
+        return real(*arguments) | {"fidelity_kld_mean": float("nan"), "fidelity_kld_mean_se": None, "duration": float("inf")}
+
+    monkeypatch.setattr(records_of_runs, "record", record)
+    assert ended(*SMALL, "--noquality", "--strategy=full", f"--output_dir={tmp_path}")[0] == 0
+    written = json.loads((tmp_path / "record.json").read_text("utf-8"), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert (written["strategy"], written["fidelity_kld_mean"], written["duration"]) == ("full", None, "inf")
 
 
 @pytest.mark.parametrize("flag", ["output_dir", "profile_dir"])

@@ -116,6 +116,43 @@ def test_interrupted_run_writes_what_it_has(invoke, monkeypatch, tmp_path, capsy
     assert reasons.count("abort") == 9 - record["completed"]
 
 
+def test_interrupt_before_the_second_strategy_serves(invoke, monkeypatch, tmp_path):
+    real, calls = run.serve_one, []
+
+    def serve_one(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(run, "serve_one", serve_one)
+    with pytest.raises(SystemExit) as stopped:
+        invoke(*LOAD, "--compare=vllm,full", "--request_rate=inf", f"--output_dir={tmp_path}")
+    assert stopped.value.code == 130
+    (record,) = read(tmp_path / "records.jsonl")
+    assert (record["strategy"], record["complete"], record["completed"]) == ("vllm", True, 9)
+    assert len(read(tmp_path / "requests.jsonl")) == 9
+
+
+def test_a_run_in_which_everything_failed_does_not_succeed(invoke, monkeypatch, tmp_path, capsys):
+    real = serve.serve
+
+    def failing(engine, load, **options):
+        service = real(engine, load, **options)
+        for one in service.served:
+            one.reason, one.tokens, one.token_times = "error: logits are not finite", [], []
+        return service
+
+    monkeypatch.setattr(run.serve, "serve", failing)
+    with pytest.raises(SystemExit) as stopped:
+        invoke(*LOAD, "--strategy=vllm", "--request_rate=inf", f"--output_dir={tmp_path}")
+    assert stopped.value.code == 1
+    assert "vllm: none of the 9 requests was completed; the first: error: logits are not finite" in capsys.readouterr().err
+    record = json.loads((tmp_path / "record.json").read_text("utf-8"), parse_constant=lambda word: pytest.fail(word))
+    assert (record["completed"], record["failed"], record["refused"]) == (0, 9, 0)
+    assert (tmp_path / "load.png").exists()
+
+
 def test_closed_loop_reports_the_clients_queue(invoke, tmp_path):
     invoke(*LOAD, "--strategy=vllm", "--max_concurrency=2", f"--output_dir={tmp_path}")
     (record,) = read(tmp_path / "record.json")

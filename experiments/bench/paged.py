@@ -38,6 +38,7 @@ from experiments.bench.peers.agree import equal_tokens
 from experiments.bench.timing import Sample, Timing, interleave
 from kvjax.cache import DenseStore, KVState, Policy, Strategy, parse_policy
 from kvjax.cache.stores import PagedStore, page_table
+from kvjax.files import json_lines, replace
 from kvjax.generation import cache_shape, decode_steps, first_token, run_prefill
 from kvjax.models import Model
 from kvjax.report.record import setting
@@ -148,7 +149,7 @@ class Bench:
         self._file = output_dir / "paged.jsonl"
         self.records: list[dict[str, Any]] = []
         if self._file.exists():
-            self.records = [json.loads(line) for line in self._file.read_text().splitlines()]
+            self.records = [json.loads(line) for line in self._file.read_text("utf-8").splitlines()]
         self._models: dict[str, Model] = {}
         self._setting = setting() | {"device_kind": machine.cpu_model()}
 
@@ -158,7 +159,7 @@ class Bench:
             began = time.perf_counter()
             added = self.measure(cell)
             self.records = sorted([r for r in self.records if cell_of(r) != cell] + added, key=lambda r: dataclasses.astuple(cell_of(r)))
-            self._file.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+            replace(self._file, json_lines(self.records))
             lost = sum(record["discarded"] for record in added)
             self.console.print(f"{cell.title}: {lost} samples discarded, {time.perf_counter() - began:.0f} s", highlight=False)
 

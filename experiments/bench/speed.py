@@ -17,7 +17,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import dataclasses
-import json
 import pathlib
 import statistics
 import sys
@@ -35,6 +34,7 @@ from experiments.bench.peers.agree import equal_tokens
 from experiments.bench.peers.client import WorkerError
 from experiments.bench.timing import Entry, Timing, interleave
 from kvjax.cache import Strategy, parse_strategy
+from kvjax.files import dumps, replace
 from kvjax.models import Model
 from kvjax.report.record import setting
 
@@ -89,7 +89,7 @@ class Bench:
 
     def run(self, phases: Sequence[Phase], batches: Sequence[int], contexts: Sequence[int]) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        (self.output_dir / "speed.jsonl").write_text("")
+        replace(self.output_dir / "speed.jsonl", "")
         for i, phase in enumerate(phases):
             for cell in self.cells(phase, batches, contexts):
                 self.measure(cell)
@@ -128,8 +128,8 @@ class Bench:
         added = [self.record(cell, entry, timing, rates, turns) for entry, timing in turns if len(timing.seconds) == FLAGS.reps]
         self.records += added
         self.write()
-        with (self.output_dir / "speed.jsonl").open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in added)
+        with (self.output_dir / "speed.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(dumps(record) + "\n" for record in added)
         self.source.release()
         self.peers.release()
         shown = ", ".join(f"{_label(cell, record)} {1e3 * record['median_seconds']:.2f} ms" for record in added)
@@ -191,7 +191,7 @@ class Bench:
     def write(self) -> None:
         """The markdown of what there is so far."""
         command = "python -m experiments.bench.speed " + " ".join(sys.argv[1:])
-        (self.output_dir / "speed.md").write_text(tables.markdown(self.records, self.notes, command.strip()))
+        replace(self.output_dir / "speed.md", tables.markdown(self.records, self.notes, command.strip()))
 
 
 def setting_of_run(peers: peers_side.Peers) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What was found, case by case, in a file a part: what is there is not measured again, and nothing is lost when a part is cut short."""
 
 import json
-import os
 import pathlib
 import re
 import time
@@ -10,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from kvjax.files import json_lines, replace
 from kvjax.report.record import setting
 
 Record = dict[str, Any]
@@ -36,7 +36,7 @@ class Book:
         self._path = directory / f"{part}.jsonl"
         self._until = time.monotonic() + 60 * minutes
         if self._path.exists():
-            for line in self._path.read_text().splitlines():
+            for line in self._path.read_text("utf-8").splitlines():
                 record = json.loads(line)
                 self.records[record["case"]] = record
 
@@ -75,9 +75,7 @@ class Book:
     def save(self) -> None:
         """Writes the file whole or not at all."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_suffix(".part")
-        part.write_text("".join(json.dumps(record) + "\n" for record in self.records.values()))
-        os.replace(part, self._path)
+        replace(self._path, json_lines(self.records.values()))
 
     def drop(self, cases: Sequence[str]) -> None:
         """Keeps records of these cases only: what is no longer listed goes."""

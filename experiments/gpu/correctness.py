@@ -26,6 +26,7 @@ from kvjax.kernels.speculate import cases as speculate_cases
 from kvjax.kernels.speculate import speculate
 
 from experiments.gpu.book import Book, Record, table
+from kvjax.files import replace
 
 Verify = Callable[[np.random.Generator, Name], None]
 PagedCase = paged_cases.Case
@@ -66,7 +67,7 @@ def perform(book: Book, dry_run: bool) -> None:
     for name, operation, implementation, verify in listed:
         about = {"operation": operation, "implementation": implementation}
         book.run(name, partial(_checked, verify, implementation), about)
-    (book.directory / "correctness.md").write_text(markdown(book))
+    replace(book.directory / "correctness.md", markdown(book))
     book.console.print(markdown(book), markup=False, highlight=False)
 
 

@@ -21,6 +21,7 @@ from experiments.gpu.book import Book, Record, table
 from experiments.gpu.timing import busy_seconds, device_events
 from kvjax.cache import ledger, parse_strategy
 from kvjax.calibrate import Calibration, calibrate, calibrated
+from kvjax.files import replace
 from kvjax.models import Model
 from kvjax.plan.bounds import decode_work
 from kvjax.plan.programs import Setting
@@ -86,7 +87,7 @@ def perform(book: Book, dry_run: bool) -> None:
             about = {"model_id": cell.model, "strategy": spec, "batch": cell.batch, "context": cell.context}
             book.run(f"{cell} {spec}", partial(_steps, held, cell, spec, effort, rate, book, dry_run), about)
             gc.collect()
-    (book.directory / "decode.md").write_text(markdown(book))
+    replace(book.directory / "decode.md", markdown(book))
     book.console.print(markdown(book), markup=False, highlight=False)
 
 

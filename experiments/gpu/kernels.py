@@ -29,6 +29,7 @@ from kvjax.kernels.speculate import speculate
 
 from experiments.gpu.book import Book, Record, table
 from experiments.gpu.timing import Step, after, measure, sets_for
+from kvjax.files import replace
 
 MOST_STATISTICS, MOST_EVICT, MOST_MASS, LEAST_OF_COPY = 0.05, 0.05, 0.60, 0.90
 TOY = Geometry("toy", 4, 2, 64)
@@ -71,7 +72,7 @@ def perform(book: Book, dry_run: bool) -> None:
     for entry in listed:
         about = {"operation": entry.operation, "implementation": entry.implementation, "shape": entry.case}
         book.run(entry.name, lambda entry=entry: timed(entry.make(), book, dry_run), about)  # type: ignore[misc]
-    (book.directory / "kernels.md").write_text(markdown(book))
+    replace(book.directory / "kernels.md", markdown(book))
     book.console.print(markdown(book), markup=False, highlight=False)
 
 

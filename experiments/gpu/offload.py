@@ -7,6 +7,7 @@ import sys
 from functools import partial
 
 from experiments.gpu.book import Book, Record
+from kvjax.files import replace
 
 MODEL, BATCH, CONTEXT = "opt-13b", 8, 2048
 TIMEOUT_SECONDS = 590
@@ -17,7 +18,7 @@ def perform(book: Book, dry_run: bool) -> None:
     case = "kvjax-1m" if dry_run else f"{MODEL} b{BATCH} c{CONTEXT}"
     book.drop([case])
     record = book.run(case, partial(_run, book, dry_run))
-    (book.directory / "offload.md").write_text(_markdown(record, dry_run))
+    replace(book.directory / "offload.md", _markdown(record, dry_run))
 
 
 def _run(book: Book, dry_run: bool) -> Record:
@@ -31,7 +32,7 @@ def _run(book: Book, dry_run: bool) -> Record:
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(" ".join(done.stderr.split())[-400:] or f"exit status {done.returncode}")
-    entries = [json.loads(line) for line in (where / "records.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (where / "records.jsonl").read_text("utf-8").splitlines()]
     kept = ("entry", "role", "transfer", "median_seconds", "fetch_hidden_fraction", "bytes_moved_per_step", "failure", "device_kind")
     found = [{key: entry.get(key) for key in kept} for entry in entries]
     return {"entries": found, "answer": _told(found)}

@@ -18,6 +18,7 @@ from experiments.bench.peers.client import PYTHON_VARIABLE
 from experiments.gpu import decode
 from experiments.gpu.book import Book, Record, table
 from experiments.gpu.kernels import TOY
+from kvjax.files import replace
 from kvjax.models.config import ModelConfig, preset
 
 SCRIPT = pathlib.Path(__file__).with_name("torch_peer.py")
@@ -36,7 +37,7 @@ def perform(book: Book, dry_run: bool) -> None:
     book.drop(list(listed))
     for case, request in listed.items():
         book.run(case, partial(ask, request), {"request": request})
-    (book.directory / "peers.md").write_text(markdown(book))
+    replace(book.directory / "peers.md", markdown(book))
     book.console.print(markdown(book), markup=False, highlight=False)
 
 

@@ -27,6 +27,7 @@ from experiments.gpu import kernels
 from experiments.gpu.book import Book, Record
 from experiments.gpu.kernels import TOY, normal
 from experiments.gpu.timing import measure
+from kvjax.files import replace
 
 
 def perform(book: Book, dry_run: bool) -> None:
@@ -34,7 +35,7 @@ def perform(book: Book, dry_run: bool) -> None:
     book.drop(list(QUESTIONS))
     for name, (question, probe) in QUESTIONS.items():
         book.run(name, partial(probe, book, dry_run), {"question": question})
-    (book.directory / "probes.md").write_text(markdown(book))
+    replace(book.directory / "probes.md", markdown(book))
 
 
 def wall(call: Callable[[], Any], repetitions: int = 7) -> float:

@@ -25,6 +25,7 @@ from experiments.gpu import kernels
 from experiments.gpu.book import Book, Record, table
 from experiments.gpu.kernels import TOY, Job
 from experiments.gpu.timing import measure, sets_for
+from kvjax.files import replace
 
 GAIN = 0.98
 Config = dict[str, int]
@@ -59,7 +60,7 @@ def perform(book: Book, dry_run: bool) -> None:
     book.drop([question.name for question in listed])
     for question in listed:
         book.run(question.name, partial(_tried, question, book, dry_run), {"operation": question.operation, "key": question.key})
-    (book.directory / "tune.md").write_text(markdown(book))
+    replace(book.directory / "tune.md", markdown(book))
     book.console.print(markdown(book), markup=False, highlight=False)
 
 
@@ -191,7 +192,7 @@ def install(book: Book) -> None:
                 mine[record["key"]] = record["chosen"]
             found[record["device_kind"]] = mine
         found = {device: keys for device, keys in found.items() if keys}
-        tuned.where(operation).write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+        replace(tuned.where(operation), json.dumps(found, indent=2, sort_keys=True) + "\n")
         tuned.table.cache_clear()
         book.console.print(f"wrote {operation}/{tuned.FILE}", highlight=False)
     if not measured:

@@ -20,7 +20,6 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Sequence
@@ -46,6 +45,7 @@ from kvjax.cache import DenseStore, Full, HostStore, Strategy, ledger, parse_pol
 from kvjax.cache.stores import TRANSFERS
 from kvjax.calibrate import calibrate, calibrated
 from kvjax.engine import offline
+from kvjax.files import json_lines, replace
 from kvjax.models import Model
 from kvjax.report import profile
 from kvjax.report.record import setting
@@ -373,8 +373,8 @@ def perform(
     else:
         records = measure(settings, entrants, trace_dir, console)
         others = [r for r in before if any(r.get(key) != value for key, value in here.items())]
-        path.write_text("".join(json.dumps(r) + "\n" for r in [*others, *records]))
-    (directory / "offload.md").write_text(markdown(records))
+        replace(path, json_lines([*others, *records]))
+    replace(directory / "offload.md", markdown(records))
     if any("median_seconds" in r for r in records):
         figure(records, directory / "offload")
     console.print(markdown(records), markup=False, highlight=False)

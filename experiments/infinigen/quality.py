@@ -20,6 +20,7 @@ import kvjax
 from kvjax.cache import Strategy
 from kvjax.calibrate import Calibration, calibrate, calibrated
 from kvjax.engine import offline
+from kvjax.files import dumps, json_lines, replace
 from kvjax.models import Model
 from kvjax.quality.forced import Forced
 from kvjax.quality.forced import strategy_of as strategy_of
@@ -121,16 +122,16 @@ class Bench:
 def collect(cases: Sequence[tuple[Bench, Strategy]], path: pathlib.Path, console: Console) -> list[Record]:
     """The record of every case, in order; what `path` does not hold yet is measured and added to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.read_text().endswith("\n"):
-        path.write_text("".join(json.dumps(r) + "\n" for r in read(path)))  # the last record was cut short
+    if path.exists() and not path.read_text("utf-8").endswith("\n"):
+        replace(path, json_lines(read(path)))  # the last record was cut short
     found = {_key(r["settings"], r["strategy"]): r for r in read(path)}
     wanted = [(_key(dataclasses.asdict(bench.settings), strategy.describe()), bench, strategy) for bench, strategy in cases]
     missing = {key: (bench, strategy) for key, bench, strategy in wanted if key not in found}
     began = time.perf_counter()
     for done, (key, (bench, strategy)) in enumerate(missing.items(), 1):
         record = bench.measure(strategy)
-        with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        with path.open("a", encoding="utf-8") as file:
+            file.write(dumps(record) + "\n")
         found[key] = record
         spent = time.perf_counter() - began
         left = spent / done * (len(missing) - done)
@@ -147,7 +148,7 @@ def read(path: pathlib.Path) -> list[Record]:
     if not path.exists():
         return []
     found = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text("utf-8").splitlines():
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError:

@@ -26,6 +26,7 @@ from experiments.infinigen import quality
 from experiments.infinigen.quality import Bench, Record, kept_share, recall_interval, wilson
 from experiments.infinigen.study import about, percent, save
 from kvjax.cache import H2O, Full, InfiniGen, OracleTopK, Policy, Strategy, Streaming
+from kvjax.files import replace
 
 OUTPUT_DIR = "experiments/results/retention_cpu"
 BUDGETS = (0.05, 0.1, 0.2, 0.4)
@@ -71,7 +72,7 @@ def perform(settings: quality.Settings, directory: pathlib.Path, console: Consol
     wanted, bench = cases(), Bench(settings)
     records = quality.collect([(bench, strategy) for strategy in wanted.values()], directory / "records.jsonl", console)
     found = dict(zip(wanted, records, strict=True))
-    (directory / "retention.md").write_text(markdown(found))
+    replace(directory / "retention.md", markdown(found))
     by_depth(found, directory / "recall")
     by_budget(found, directory / "budgets")
     console.print(f"wrote records.jsonl, retention.md, recall and budgets (.png and .svg) to {directory}", highlight=False)

@@ -23,6 +23,7 @@ from rich.console import Console
 from experiments.infinigen import quality
 from experiments.infinigen.quality import Bench, Record
 from kvjax.cache import InfiniGen, Strategy, tokens
+from kvjax.files import replace
 
 OUTPUT_DIR = "experiments/results/ablations_cpu"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -108,7 +109,7 @@ def perform(study: Study, settings: quality.Settings, directory: pathlib.Path, c
     cases = [(fed if case.fed else whole, case.strategy(settings.input_len)) for case in study.cases]
     records = quality.collect(cases, directory / "records.jsonl", console)
     points = {(case.series, case.x): record for case, record in zip(study.cases, records, strict=True)}
-    (directory / f"{study.name}.md").write_text(markdown(study, points))
+    replace(directory / f"{study.name}.md", markdown(study, points))
     figure(study, points, directory / study.name)
     console.print(f"wrote {study.name}.md, {study.name}.png and {study.name}.svg to {directory}", highlight=False)
     for sentence in study.findings(points):

@@ -11,7 +11,6 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import json
 import pathlib
 import statistics
 import time
@@ -28,6 +27,7 @@ from rich.console import Console
 import kvjax
 from kvjax.engine import programs
 from kvjax.engine.engine import Engine
+from kvjax.files import dumps
 from kvjax.generation import as_strategy, decode_steps, run_prefill
 from kvjax.report.record import setting
 
@@ -151,8 +151,8 @@ def run(console: Console) -> None:
             **setting(), "policy": policy, "model_id": FLAGS.model, "batch_size": FLAGS.batch_size, "context": FLAGS.context,
             "step_ms": {name: 1e3 * seconds for name, seconds in medians.items()}, "bookkeeping_ms": 1e3 * books,
         }  # fmt: skip
-        with (directory / "records.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        with (directory / "records.jsonl").open("a", encoding="utf-8") as file:
+            file.write(dumps(record) + "\n")
 
 
 def main(argv: list[str]) -> None:

@@ -30,6 +30,7 @@ from kvjax.engine.engine import Engine
 from kvjax.engine.load import Fixed, Load, make_load
 from kvjax.engine.metrics import parse_goodput
 from kvjax.engine.serve import serve
+from kvjax.files import dumps, replace
 from kvjax.report.record import load_record
 
 FLAGS = flags.FLAGS
@@ -74,7 +75,7 @@ def run(console: Console) -> None:
     directory = pathlib.Path(FLAGS.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "records.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
     settings = {name: FLAGS[name].value for name in SETTINGS}
     done = {(r["strategy"], str(r["request_rate"])) for r in found if r["settings"] == settings}
     specs = [parse_strategy(spec) for spec in split_specs(FLAGS.strategies)]
@@ -98,14 +99,14 @@ def run(console: Console) -> None:
             if not service.complete:
                 console.print(f"interrupted: {service.record_note()}; this rate is not recorded, the ones before are")
                 raise SystemExit(130)
-            with path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            with path.open("a", encoding="utf-8") as file:
+                file.write(dumps(record) + "\n")
             found.append(record)
             console.print(f"{strategy.describe()} at {_name(rate)}: " + _cells(record), highlight=False)
     shown = [r for r in found if r["settings"] == settings]
     order = [s.describe() for s in specs]
     shown = [r for name in order for r in sorted(shown, key=lambda r: float(r["request_rate"])) if r["strategy"] == name]
-    (directory / "rates.md").write_text(table(shown))
+    replace(directory / "rates.md", table(shown))
     figure(shown, order, directory / "rates.png")
     console.print(f"wrote records.jsonl, rates.md and rates.png to {directory}", highlight=False)
 

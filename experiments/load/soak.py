@@ -14,7 +14,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import collections
 import gc
-import json
 import math
 import pathlib
 import time
@@ -29,6 +28,7 @@ import kvjax
 from kvjax.engine.engine import Engine, RequestRefused
 from kvjax.engine.load import Uniform, arrivals, make_load
 from kvjax.engine.serve import serve
+from kvjax.files import dumps
 from kvjax.report.record import setting
 
 FLAGS = flags.FLAGS
@@ -154,8 +154,8 @@ def main(argv: list[str]) -> None:
         except AssertionError as failure:
             console.print(f"{spec}: {failure}", style="bold red", highlight=False)
             raise SystemExit(1) from failure
-        with (directory / "records.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        with (directory / "records.jsonl").open("a", encoding="utf-8") as file:
+            file.write(dumps(record) + "\n")
         shown = {k: round(v, 1) if isinstance(v, float) and math.isfinite(v) else v for k, v in record.items() if k not in setting()}
         console.print(f"{spec}: passed", style="bold green", highlight=False)
         console.print(shown, highlight=False)

@@ -31,10 +31,10 @@ from kvjax.cache.stores.paged import extent_sizes
 from kvjax.cache.strategy import NO_GUIDE
 from kvjax.engine import programs
 from kvjax.engine.blocks import BlockManager
-from kvjax.engine.memory import Budget, parse_memory, serving_strategy, spend, staged_slots
+from kvjax.engine.memory import Budget, machine_memory, parse_memory, serving_strategy, spend, staged_slots
 from kvjax.engine.metrics import Sample
 from kvjax.engine.scheduler import Chunk, Limits, Need, Scheduler, Sequence, Status
-from kvjax.errors import InputError, SpecError
+from kvjax.errors import InputError, MemoryLimitError, SpecError
 from kvjax.generation import as_strategy, cache_shape, encode
 from kvjax.interrupts import held
 from kvjax.models import Model
@@ -151,6 +151,8 @@ class Engine:
             raise SpecError(f"{self.strategy.describe()} {NO_GUIDE}")
         host = None if host_memory is None else parse_memory(host_memory)
         self.budget: Budget = spend(need, shape, parse_memory(kv_memory), max_num_seqs, host)
+        if (all_of_it := self.budget.total + self.budget.num_pages * self.budget.seat) > (there := machine_memory()):
+            raise MemoryLimitError(f"the cache of the engine takes {all_of_it} bytes, and this machine has {there}; give it less memory")
         self.limits = Limits(self.budget.rows, batched, prefill_chunk, longest)
         self._caching = prefix_caching
         sizes = extent_sizes(self.budget.num_pages, extents)

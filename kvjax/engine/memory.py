@@ -1,9 +1,12 @@
 """How one memory limit is spent: pages, rows of metadata, the staging row."""
 
 import dataclasses
+import math
+import os
 import re
 from fractions import Fraction
 
+import jax
 import jax.numpy as jnp
 
 from kvjax import checks
@@ -62,6 +65,13 @@ def parse_memory(text: str | int) -> int:
     if size <= 0:
         raise SpecError(f"{text!r} of memory holds nothing; give more, for example 64MiB")
     return size
+
+
+def machine_memory() -> float:
+    """Bytes that this machine has, where arrays stand in them; inf for a device of its own, which says itself what it has no room for."""
+    if jax.default_backend() != "cpu":
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def serving_strategy(strategy: Strategy, max_model_len: int, extents: int) -> tuple[Strategy, bool]:

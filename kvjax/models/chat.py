@@ -1,4 +1,4 @@
-"""Chat templates: the Jinja programs that models carry, run in a sandbox, because they come with files from anywhere."""
+"""Chat templates: the Jinja programs that models carry, run in a sandbox: they come with files from anywhere."""
 
 import dataclasses
 import datetime

@@ -1,8 +1,9 @@
 """GGUF files as models: architectures llama, mistral, qwen2 and qwen3, dequantised in NumPy one tensor at a time.
 
-Two things differ from a Hugging Face directory. The files of llama and mistral pair neighbouring columns for the rotary embedding, where
-Hugging Face (and kvjax) pairs the halves of a head: rows of q and k, and their biases, are put back in that order. And scaled rotary
-frequencies may come as a tensor of divisors. What cannot be computed exactly as the file means it is refused (ModelError).
+Two things differ from a Hugging Face directory. The files of llama and mistral pair neighbouring columns for the rotary
+embedding, where Hugging Face (and kvjax) pairs the halves of a head: rows of q and k, and their biases, are put back in
+that order. And scaled rotary frequencies may come as a tensor of divisors. What cannot be computed exactly as the file
+means it is refused (ModelError).
 """
 
 import collections
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from kvjax.errors import ModelError, SpecError
+from kvjax.errors import ModelError, SpecError, clipped
 from kvjax.models import parameters
 from kvjax.models.config import FactorScaling, LinearScaling, ModelConfig, Rope
 from kvjax.models.gguf_file import MAGIC, GgufFile, TensorInfo, read_header
@@ -130,7 +131,7 @@ def source(file: GgufFile) -> Source:
     for tensor in file.tensors.values():
         sizes[tensor.kind] += tensor.num_elements
     license = file.metadata.get("general.license")
-    return Source(sizes.most_common(1)[0][0], license if isinstance(license, str) else None)
+    return Source(sizes.most_common(1)[0][0], clipped(" ".join(license.split()), 60) if isinstance(license, str) else None)
 
 
 def load_parameters(
@@ -138,7 +139,8 @@ def load_parameters(
 ) -> parameters.Parameters:
     """The weights of a file as the parameters of `Decoder(config, dtype)`.
 
-    Tensors are dequantised one after the other, straight into `dtype`, and each is put in its place before the next is touched.
+    Tensors are dequantised one after the other, straight into `dtype`, and each is put in its place before the next is
+    touched.
 
     Args:
       sharding: parameter path to placement; None for the default device.
@@ -176,7 +178,7 @@ def load_parameters(
 
 
 def _halves(rows: int, head_dim: int) -> np.ndarray:
-    """Where each row of a q or k projection goes: row 2i + j of a head is row j * head_dim / 2 + i with halves paired."""
+    """Where each row of q or k goes: row 2i + j of a head is row j * head_dim / 2 + i when halves are paired."""
     row = np.arange(rows)
     within = row % head_dim
     return row - within + within % 2 * (head_dim // 2) + within // 2

@@ -1,4 +1,4 @@
-"""Byte-level BPE of GGUF files: what the names in `tokenizer.ggml.pre` mean, as llama.cpp and the models' own tokenizers have it."""
+"""Byte-level BPE of GGUF files: what `tokenizer.ggml.pre` means, as llama.cpp and the models' own tokenizers have it."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -52,13 +52,17 @@ PRE: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
 }  # fmt: skip
 """What the names mean, as llama.cpp and the tokenizers that they were taken from have it."""
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
-"""A word of the vocabulary is one token there, whether merges lead to it or not; and unless metadata deny it, a token begins every text."""
+"""There a word of the vocabulary is one token, whether merges lead to it or not; and a token begins every text, unless
+metadata deny it."""
 _COMPOSED = ("qwen2",)
 """Text is brought to normal form C first."""
 
 
 def byte_level(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], pre: str) -> Tokenizer:
-    """A byte-level tokenizer, without added tokens. `pre` is one of PRE; tokens that merge, and what they make, are in `vocabulary`."""
+    """A byte-level tokenizer, without added tokens.
+
+    `pre` is one of PRE; tokens that merge, and what they make, are in `vocabulary`.
+    """
     made = Tokenizer(models.BPE(dict(vocabulary), list(merges), ignore_merges=pre in WHOLE_WORDS))
     if pre in _COMPOSED:
         made.normalizer = normalizers.NFC()

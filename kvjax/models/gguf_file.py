@@ -1,7 +1,8 @@
-"""GGUF containers: the header, checked against the file's size before anything is believed, and tensors, read a block of rows at a time.
+"""GGUF containers: the header, checked against the file's size, and tensors, read a block of rows at a time.
 
-The layout is the one that the ggml project documents for versions 2 and 3, little-endian. The header is parsed here rather than by the
-`gguf` package, whose reader trusts every count in it; that package says what the quantised types are and dequantises them.
+The layout is the one that the ggml project documents for versions 2 and 3, little-endian. The header is parsed here
+rather than by the `gguf` package, whose reader trusts every count in it; that package says what the quantised types are
+and dequantises them.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ MAX_HEADER = 1 << 26
 _MAX_NAME = 1 << 16
 _MAX_DIMS = 4
 _MAX_NESTING = 2
-_BLOCK_ELEMENTS = 1 << 20  # of a tensor that are dequantised at once
+_BLOCK_ELEMENTS = 1 << 18  # of a tensor that are dequantised at once
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS: dict[int, str] = {
@@ -73,7 +74,7 @@ class GgufFile:
         return ModelError(f"{self.path}: {clipped(message)}")
 
     def read(self, tensor: TensorInfo, dtype: DTypeLike, rows: np.ndarray | None = None) -> Shaped[np.ndarray, "..."]:
-        """One tensor, dequantised and cast to `dtype`; a block of about a million values at a time is in memory besides.
+        """One tensor, dequantised and cast to `dtype`; a few MB are in memory besides.
 
         Args:
           rows: where each row (of all axes but the last) goes in the result; None keeps the order.
@@ -111,7 +112,8 @@ def read_header(path: str | os.PathLike) -> GgufFile:
     """The checked header of a GGUF file; no tensor is read.
 
     Raises:
-      ModelError: not a GGUF file of version 2 or 3, a truncated one, or one whose header contradicts itself or the file's size.
+      ModelError: not a GGUF file of version 2 or 3, a truncated one, or one whose header contradicts itself or the
+        file's size.
     """
     path = pathlib.Path(path)
     try:

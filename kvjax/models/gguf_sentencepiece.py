@@ -1,7 +1,8 @@
-"""SentencePiece tokenizers of GGUF files: pieces with scores, of which the pair with the best merges first; bytes for the rest.
+"""SentencePiece tokenizers of GGUF files: pieces with scores, the best pair merging first; bytes for the rest.
 
-Space is written as a piece character of its own, U+2581, and one is put before a text and after every special token (that is what llama.cpp
-and the first Llama tokenizers do). BPE of the `tokenizers` library does the same from a list of merges in the order of the scores.
+Space is written as a piece character of its own, U+2581, and one is put before a text and after every special token
+(that is what llama.cpp and the first Llama tokenizers do). BPE of the `tokenizers` library does the same from a list of
+merges in the order of the scores.
 """
 
 from collections.abc import Mapping, Sequence

@@ -129,7 +129,7 @@ def _list(file: GgufFile, key: str, kind: type) -> list[Any]:
 
 
 def _merge(file: GgufFile, merge: str, vocabulary: Mapping[str, int]) -> tuple[str, str]:
-    """The two tokens that become one. They are looked up here, because the library would panic over one that does not exist."""
+    """The two tokens that become one. Looked up, because the library panics over one that does not exist."""
     at = merge.find(" ", 1)
     left, right = merge[:at], merge[at + 1 :]
     if at < 0 or not all(part in vocabulary for part in (left, right, left + right)):

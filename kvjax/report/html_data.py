@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kvjax.errors import InputError
+from kvjax.files import json_lines
 from kvjax.report.figures import Panel, Scale
 
 Record = dict[str, Any]
@@ -224,7 +225,7 @@ def as_csv(records: Sequence[Record]) -> str:
 
 def as_jsonl(records: Iterable[Record]) -> str:
     """A record a line, without samples."""
-    return "".join(json.dumps({k: v for k, v in record.items() if k != "samples"}) + "\n" for record in records)
+    return json_lines({k: v for k, v in record.items() if k != "samples"} for record in records)
 
 
 def _flat(record: Record) -> Record:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kvjax.models.source import model_title
@@ -25,7 +26,7 @@ def show(records: Sequence[Record], console: Console) -> None:
     else:
         what += f", batch {first['batch_size']}"
     title = f"{model_title(first)} ({first['dtype']}) on {first['device_kind']}: {what}, seed {first['seed']}"
-    console.print(f"\n[bold]{title}[/bold]", highlight=False)
+    console.print(f"\n[bold]{escape(title)}[/bold]", highlight=False)
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
     for record in records:

@@ -1,5 +1,7 @@
 """GGUF files: the same weights as a Hugging Face directory has, and what is refused."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,8 +158,8 @@ def test_stop_tokens(tmp_path):
 
 
 def test_licence_of_the_metadata(tmp_path):
-    file, _ = write(tmp_path, Spec(metadata={"general.license": "mit"}))
-    assert load_model(file).source == Source("F32", "mit")
+    file, _ = write(tmp_path, Spec(metadata={"general.license": "one\nline " + "x" * 99}))
+    assert load_model(file).source == Source("F32", "one line " + "x" * 48 + "...")
 
 
 L = "llama."
@@ -183,6 +185,7 @@ REFUSED = [
     (Spec(metadata={L + "embedding_length": 128}), "rope.dimension_count=64 differs from the head dimension of 32"),
     (Spec(metadata={L + "feed_forward_length": 2**30}), r"has shape \[512, 256\], but the metadata need \[1073741824, 256\]"),
     (Spec(metadata={L + "rope.freq_base": float("nan")}), "rope.freq_base must be a positive number, not nan"),
+    (Spec(metadata={L + "rope.freq_base": float("inf")}), "rope.freq_base must be a positive number, not inf"),
     (Spec(metadata={"general.type": "adapter"}), "it holds no model, but general.type='adapter'"),
     (Spec(metadata={"split.count": 3}), "it is one of 3 parts"),
     (Spec(rope_factors=np.ones(8)), r"rope_freqs.weight has shape \[8\], but the metadata need \[32\]"),
@@ -231,3 +234,24 @@ def test_a_file_of_another_kind(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"PK\x03\x04 something else")
     with pytest.raises(ModelError, match=r"x\.gguf is no GGUF file"):
         load_model(tmp_path / "x.gguf")
+
+
+def test_memory_of_a_read_is_the_result_and_a_block(tmp_path):
+    import gguf
+
+    raw = np.zeros((4096, 2048 // 32 * 18), np.uint8)  # 8 million values in Q4_0: 4.7 MB here, 16.8 MB in float16, 33.6 MB in float32
+    writer = gguf.GGUFWriter(tmp_path / "one.gguf", "llama")
+    writer.add_tensor("one", raw, raw_dtype=TYPES.Q4_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = read_header(tmp_path / "one.gguf")
+    tracemalloc.start()
+    try:
+        array = file.read(file.tensors["one"], np.float16)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert array.shape == (4096, 2048)
+    assert peak < array.nbytes + 8e6

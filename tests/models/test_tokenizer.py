@@ -1,4 +1,4 @@
-"""Tokenizers: what they add, what they must not obey, what is no text; chat templates; the pre-tokenizers of GGUF files."""
+"""Tokenizers: what they add, what they must not obey, what is no text; chat templates; tokenizers of GGUF files."""
 
 import json
 import pathlib
@@ -114,6 +114,20 @@ def test_half_of_a_surrogate_pair_is_no_text(directory, half):
             tokenizer.encode(3)
 
 
+def test_a_text_that_the_tokenizer_cannot_take(directory):
+    tokenizer = directory(model={"type": "WordLevel", "vocab": {"[BOS]": 100, "[EOS]": 101}, "unk_token": "gone"})
+    with pytest.raises(InputError, match=r"the tokenizer of this model cannot encode the text: .*UNK"):
+        tokenizer.encode("w1")
+
+
+@pytest.mark.parametrize("merges", [[["a", "b"]], [["a", "c"]], "a"])
+def test_a_broken_tokenizer_file(directory, merges):
+    """Some of them make the library panic."""
+    with pytest.raises(ModelError, match=r"tokenizer\.json is not a readable tokenizer\.json: ") as error:
+        directory(model={"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": merges}, post_processor=None, added_tokens=[])
+    assert "\n" not in str(error.value)
+
+
 def test_ids_that_no_token_has(directory):
     for tokenizer in (ByteTokenizer(), directory()):
         with pytest.raises(InputError, match="token ids are"):
@@ -201,7 +215,7 @@ def llama_cpp():
 def test_token_ids_are_those_of_llama_cpp(llama_cpp, pre):
     """But for two things that llama.cpp leaves out and the models' own tokenizers do.
 
-    Texts for qwen2 are brought to normal form C, and tekken tells upper case from lower, and marks from letters, beyond ASCII.
+    Texts for qwen2 are brought to normal form C; tekken tells cases, and marks from letters, beyond ASCII.
     """
     tokens = llama_cpp["tokens"]
     tokenizer = of_metadata(

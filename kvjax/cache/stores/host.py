@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental.compute_on import compute_on
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax import checks
 from kvjax.cache.attention import NEG_INF, chunk_attention, softmax_weights
 from kvjax.cache.state import CacheShape
 from kvjax.errors import SpecError
@@ -96,7 +97,7 @@ class HostStore:
     def __post_init__(self):
         if self.transfer not in TRANSFERS:
             raise SpecError(f"unknown transfer {self.transfer!r}; choose from {', '.join(TRANSFERS)}")
-        if self.levels < 1:
+        if checks.whole("levels", self.levels, -checks.LARGEST, 1000) < 1:
             raise SpecError(f"levels={self.levels}: a fetch has at least one size")
 
     def init(self, shape: CacheShape, batch: int, capacity: int, fill: float = 0.0) -> HostLayer:

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax import checks
 from kvjax.cache.attention import NEG_INF
 from kvjax.cache.state import CacheShape
 from kvjax.errors import SpecError
@@ -101,6 +102,10 @@ def extent_sizes(num_pages: int, extents: int) -> tuple[int, ...]:
     return tuple(end - start for start, end in itertools.pairwise([0, *ends]) if end > start)
 
 
+LARGEST_PAGE = 2**20
+"""Slots: no model has a context so long."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PagedStore:
     """Storage in pages of `page_size` slots.
@@ -116,7 +121,8 @@ class PagedStore:
     name: ClassVar[str] = "paged"
 
     def __post_init__(self):
-        if self.page_size < 1:
+        checks.whole("extents", self.extents, 1)
+        if checks.whole("page_size", self.page_size, -checks.LARGEST, LARGEST_PAGE) < 1:
             raise SpecError(f"page_size={self.page_size}: a page holds at least one slot; 8 to 128 are usual")
 
     def pages_of(self, slots: int) -> int:
