@@ -2,7 +2,6 @@
 head, d' partial dims of a head, C slots of a row, K the static limit of tokens to fetch."""
 
 import dataclasses
-
 from typing import Literal, get_args
 
 import jax
@@ -81,7 +80,9 @@ def select(
     return Speculation(jnp.where(wanted, index, capacity), jnp.where(some, count, 0), above, maximum)
 
 
-def check(q: jax.Array, partial_keys: jax.Array, visible: jax.Array, cap: jax.Array, always: jax.Array | None, limit: int, group: str) -> None:
+def check(
+    q: jax.Array, partial_keys: jax.Array, visible: jax.Array, cap: jax.Array, always: jax.Array | None, limit: int, group: str
+) -> None:
     """Raises ValueError where shapes do not fit together."""
     if group not in get_args(GroupJoin):
         raise ValueError(f"speculate: group={group!r} does not exist; choose from {', '.join(get_args(GroupJoin))}")
