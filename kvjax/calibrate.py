@@ -238,7 +238,7 @@ def _skew(queries: Float[np.ndarray, "Hkv N D"]) -> Float[np.ndarray, "Hkv D D"]
     """V of Q = U S V^T, each column with the sign that makes its largest entry positive.
 
     The paper orders columns by the product of the singular values of Q and K. Each decomposition sorts its own in descending order, so the
-    order of V is that order already. V comes from Q^T Q in double precision, which is as good as a decomposition of Q in single, and sooner.
+    order of V is that order already. V comes from Q^T Q in double precision, which is as good as a decomposition of Q in single precision.
     """
     wide = queries.astype(np.float64)
     right = np.linalg.eigh(wide.swapaxes(-1, -2) @ wide)[1][..., ::-1].astype(np.float32)

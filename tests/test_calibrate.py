@@ -16,7 +16,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from kvjax.cache.steps import Forward
 from kvjax.calibrate import (
+    RANK,
+    RIDGE,
     Calibration,
+    _capture,
+    _captured,
+    _correction,
     calibrate,
     columns_kept,
     concentration,
@@ -29,7 +34,7 @@ from kvjax.calibrate import (
 )
 from kvjax.errors import InputError, ModelError, SpecError
 from kvjax.models import Model, load_model
-from kvjax.models.decoder import Attention
+from kvjax.models.decoder import Attention, guess_queries, rope_angles
 from kvjax.models.guide import Guide
 from kvjax.models.tokenizer import ByteTokenizer
 
@@ -125,7 +130,7 @@ def trained() -> Case:
 
 
 def test_the_skew_concentrates_a_trained_model(trained):
-    assert trained.calibration.num_tokens == 1024
+    assert trained.calibration.num_tokens == 2048
     (query, key), (skewed_query, skewed_key) = (concentration(trained.calibration, skew=skew) for skew in (False, True))
     assert (skewed_query > query).all()
     assert (skewed_query + skewed_key).mean() > (query + key).mean()
@@ -136,7 +141,8 @@ def test_the_skew_concentrates_a_trained_model(trained):
 
 def made_up(query, key) -> Calibration:
     query, key = (np.array(mass, np.float32)[None, None] for mass in (query, key))
-    return Calibration("made up", "", 8, np.eye(query.shape[-1], dtype=np.float32)[None, None], query, key, key, query)
+    turn, none = np.eye(query.shape[-1], dtype=np.float32)[None, None], np.zeros((1, 1, 1), np.float32)
+    return Calibration("made up", "", 8, turn, query, key, key, query, turn, turn, none, none)
 
 
 def test_columns_by_each_rule():
@@ -163,13 +169,14 @@ def test_union_is_filled_up_where_the_sets_overlap():
         ("sum", 1.0, 64),
         ("sum", 0.001, 1),
         ("union", 0.001, 2),
+        ("product", 0.3, 19),
     ],
 )
 def test_number_of_columns(columns, partial, count):
     assert columns_kept(64, partial, columns) == count
 
 
-@pytest.mark.parametrize("columns", ["sum", "query", "union"])
+@pytest.mark.parametrize("columns", ["product", "sum", "query", "union"])
 @pytest.mark.parametrize("name", ["opt", "qwen3"])
 def test_every_rule_makes_a_guide(name, columns):
     found = case(name)
@@ -188,7 +195,7 @@ def test_every_rule_makes_a_guide(name, columns):
         ({"partial": 0.0}, "partial=0.0: give the fraction"),
         ({"partial": 1.5}, "partial=1.5: give the fraction"),
         ({"partial": float("nan")}, "partial=nan: give the fraction"),
-        ({"columns": "key"}, "unknown choice of columns 'key'; choose from sum, query, union"),
+        ({"columns": "key"}, "unknown choice of columns 'key'; choose from product, sum, query, union"),
     ],
 )
 def test_bad_options(options, message):
@@ -216,6 +223,98 @@ def test_all_columns_give_the_whole_product(name, skew):
     q, k = case(name).queries_and_keys[1]
     whole = np.einsum("bqhd,bkhd->bhqk", q, np.repeat(k, q.shape[2] // k.shape[2], axis=2))
     assert_close(partial_products(prepared, 1, q, k), whole)
+
+
+@pytest.mark.parametrize("name", [*ROTATED, "opt"])
+def test_projections_of_products_lose_least(name):
+    """Over all pairs of a query and a key the mean square error is what no map of the rank can stay below, for every rank.
+
+    With second moments A and B of queries and keys, the eigenvalues of A B are the squared singular values of the product of their roots;
+    those that are left out are the least error (Eckart and Young).
+    """
+    found = case(name)
+    heads = found.model.config.num_kv_heads
+    for layer, (q, k) in enumerate(found.queries_and_keys):
+        for head in range(heads):
+            queries = q.reshape(-1, heads, q.shape[2] // heads, q.shape[3])[:, head].reshape(-1, q.shape[3]).astype(np.float64)
+            keys = k[:, :, head].reshape(-1, k.shape[3]).astype(np.float64)
+            products, moments = queries @ keys.T, (x.T @ x / len(x) for x in (queries, keys))
+            values = np.sort(np.linalg.eigvals(np.linalg.multi_dot([*moments])).real)[::-1]
+            for rank in (1, 3, q.shape[3] // 2, q.shape[3]):
+                left, right = (x[layer, head, :, :rank] for x in (found.calibration.product_query, found.calibration.product_key))
+                error = np.square((queries @ left) @ (keys @ right).T - products).mean()
+                assert abs(error - values[rank:].sum()) < 1e-4 * values.sum()
+
+
+def guessed(model: Model, layer: int, before: np.ndarray) -> np.ndarray:
+    """Partial queries [Hkv, G, P] of `layer` for one token at position 0, where nothing is rotated, from the input of the layer before."""
+    rotation = None if model.config.rope is None else rope_angles(model.config.rope, model.config.head_dim, jnp.zeros((1, 1), int))
+    return np.asarray(guess_queries(model.config, guide_of(model, layer - 1).following, jnp.asarray(before[None, None]), rotation)[0])
+
+
+@pytest.mark.parametrize("columns", ["sum", "product"])
+@pytest.mark.parametrize("name", ["llama_biased", "qwen3", "opt"])
+def test_a_correction_is_added_to_the_query_weight(name, columns):
+    model, calibration = case(name).model, case(name).calibration
+    config, before = model.config, np.random.default_rng(2).standard_normal(model.config.hidden_size).astype(np.float32)
+    changed = []
+    for correction in (False, True):
+        prepared = prepare(model, calibration, partial=0.4, columns=columns, correction=correction)
+        own = attention_of(model, 1)
+        weight = np.asarray(own["q"]["weight"], np.float64)
+        if correction:
+            weight = weight + calibration.up[1].astype(np.float64) @ calibration.down[1]
+        q = (weight @ before + own["q"].get("bias", 0.0)).reshape(config.num_heads, config.head_dim)
+        if config.qk_norm:
+            q = q / np.sqrt((q**2).mean(-1, keepdims=True) + config.norm_eps) * own["q_norm"]
+        turn = calibration.product_query[1] if columns == "product" else calibration.skew[1]
+        kept = kept_columns(calibration, 0.4, columns)[1]
+        want = np.einsum(
+            "ngd,ndp->ngp", q.reshape(config.num_kv_heads, -1, config.head_dim), np.take_along_axis(turn, kept[:, None], axis=-1)
+        )
+        changed.append(guessed(prepared, 1, before))
+        assert_close(changed[-1], want * config.head_dim**-0.5)
+    assert np.abs(changed[1] - changed[0]).max() > 1e-3 * np.abs(changed[0]).max()
+
+
+def test_a_correction_of_full_rank_is_the_ridge_regression():
+    """Solved once more as least squares with the ridge as further rows."""
+    rng = np.random.default_rng(0)
+    before, own, weight = (rng.standard_normal(size) for size in ((200, 12), (200, 12), (10, 12)))
+    own += before @ rng.standard_normal((12, 12))
+    down, up = _correction(before, own, weight)
+    ridge = np.sqrt(RIDGE * np.square(before).sum() / 12) * np.eye(12)
+    missing = np.concatenate([(own - before) @ weight.T, np.zeros((12, 10))])
+    want = np.linalg.lstsq(np.concatenate([before, ridge]), missing)[0]
+    assert down.shape == (10, 12)
+    assert_close((up @ down).T, want)
+
+
+def test_a_correction_of_low_rank_is_the_best_of_its_rank():
+    """The least that a rank can miss of the regression's predictions are their singular values behind it."""
+    rng = np.random.default_rng(0)
+    before, weight = rng.standard_normal((300, 40)) * np.linspace(0.2, 3, 40), rng.standard_normal((48, 40))
+    own = before + before @ (rng.standard_normal((40, 40)) * np.linspace(1, 0.01, 40) ** 2)
+    down, up = _correction(before, own, weight)
+    moments = before.T @ before
+    whole = np.linalg.solve(moments + RIDGE * np.trace(moments) / 40 * np.eye(40), before.T @ (own - before) @ weight.T)
+    values = np.linalg.svd(before @ whole, compute_uv=False)
+    assert down.shape == (RANK, 40)
+    error = np.square(before @ (whole - (up @ down).T)).sum()
+    assert np.square(values[RANK:]).sum() * (1 - 1e-6) < error < 1.01 * np.square(values[RANK:]).sum()
+
+
+@pytest.mark.parametrize("name", [*ROTATED, "opt"])
+def test_corrected_queries_are_closer_to_the_true_ones(name):
+    """On the sample they were fitted to; layer 0 has none before it, and its correction does nothing."""
+    found = case(name)
+    assert np.abs(found.calibration.up[0] @ found.calibration.down[0]).max() < 1e-5
+    _, inputs = _captured(found.model.decoder, found.model.params, jnp.asarray(TOKENS), _capture(TOKENS))
+    before, own = (np.asarray(x, np.float64).reshape(TOKENS.size, -1) for x in inputs[:2])
+    weight = np.asarray(attention_of(found.model, 1)["q"]["weight"], np.float64)
+    missed = (own - before) @ weight.T
+    left = missed - before @ (found.calibration.up[1].astype(np.float64) @ found.calibration.down[1]).T
+    assert np.square(left).sum() < 0.7 * np.square(missed).sum()
 
 
 @pytest.mark.parametrize("name", ROTATED)
@@ -273,8 +372,8 @@ def test_folded_guide_is_a_choice_of_rows(skew):
     for head in range(config.num_heads):
         assert_array_equal(guide_of(prepared, 1).key[head], np.eye(config.head_dim)[:, kept[1, head]])
         at = slice(head * kept.shape[-1], (head + 1) * kept.shape[-1])
-        assert_array_equal(following.weight[at], own["weight"].reshape(*heads, -1)[head, kept[1, head]])
-        assert_array_equal(following.bias[at], own["bias"].reshape(heads)[head, kept[1, head]])
+        assert_close(following.weight[at], own["weight"].reshape(*heads, -1)[head, kept[1, head]])
+        assert_close(following.bias[at], own["bias"].reshape(heads)[head, kept[1, head]])
     if not skew:
         assert prepared.params["params"] is model.params["params"]
 
@@ -326,7 +425,7 @@ def test_dtype_follows_the_model():
 
 def test_sample_fits_the_positions():
     model = case("qwen3").model
-    assert sample_tokens(model).shape == (4, 256)
+    assert sample_tokens(model).shape == (8, 256)
     assert sample_tokens(model, 100).shape == (1, 100)
     assert sample_tokens(model).max() < model.config.vocab_size
 

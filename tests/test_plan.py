@@ -46,7 +46,7 @@ def planned_full() -> Plan:
     return plan(setting("full"), open_device("cpu"), depths="all", search=False)
 
 
-@pytest.mark.parametrize("spec", ["full", "h2o", "vllm", "infinigen"])
+@pytest.mark.parametrize("spec", ["full", "h2o", "vllm", "infinigen", "infinigen(columns=sum,correction=False)"])
 def test_planned_bytes_are_those_of_a_real_run(model, spec):
     """The ledger of a real state, and XLA's memory analysis of the decode program for it."""
     at, strategy = setting(spec), parse_strategy(spec)

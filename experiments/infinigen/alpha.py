@@ -3,7 +3,7 @@
 import math
 
 from experiments.infinigen.study import Case, Points, Study, main, percent
-from kvjax.cache import InfiniGen
+from kvjax.cache import InfiniGenPaper
 
 ALPHAS = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 9.0, math.inf)
 BUDGETS = (0.2, 1.0)
@@ -27,7 +27,7 @@ STUDY = Study(
     title="InfiniGen by alpha",
     axis="alpha",
     legend="reads at most",
-    cases=tuple(Case(f"budget={budget:g}", alpha, InfiniGen(alpha=alpha, budget=budget)) for budget in BUDGETS for alpha in ALPHAS),
+    cases=tuple(Case(f"budget={budget:g}", alpha, InfiniGenPaper(alpha=alpha, budget=budget)) for budget in BUDGETS for alpha in ALPHAS),
     findings=findings,
 )
 

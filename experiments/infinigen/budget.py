@@ -3,7 +3,7 @@
 import math
 
 from experiments.infinigen.study import Case, Points, Study, main, percent
-from kvjax.cache import InfiniGen
+from kvjax.cache import InfiniGenPaper
 
 BUDGETS = (0.05, 0.1, 0.2, 0.4, 0.6, 1.0)
 ALPHAS = (4.0, math.inf)
@@ -28,7 +28,7 @@ STUDY = Study(
     title="InfiniGen by the budget",
     axis="budget (share of the tokens)",
     legend="threshold",
-    cases=tuple(Case(f"alpha={alpha:g}", budget, InfiniGen(alpha=alpha, budget=budget)) for alpha in ALPHAS for budget in BUDGETS),
+    cases=tuple(Case(f"alpha={alpha:g}", budget, InfiniGenPaper(alpha=alpha, budget=budget)) for alpha in ALPHAS for budget in BUDGETS),
     findings=findings,
 )
 

@@ -6,7 +6,7 @@ Every case reads its whole budget (alpha=inf; see skew).
 import math
 
 from experiments.infinigen.study import Case, Points, Study, best, main
-from kvjax.cache import InfiniGen
+from kvjax.cache import InfiniGenPaper
 
 LIVE = (0.125, 0.25, 0.5)
 RULES = ("sum", "query", "union")
@@ -29,7 +29,7 @@ STUDY = Study(
     axis="columns that guess (share)",
     legend="columns",
     cases=tuple(
-        Case(rule, live, InfiniGen(alpha=math.inf, partial=live / 2 if rule == "union" else live, columns=rule))  # type: ignore[arg-type]
+        Case(rule, live, InfiniGenPaper(alpha=math.inf, partial=live / 2 if rule == "union" else live, columns=rule))  # type: ignore[arg-type]
         for rule in RULES
         for live in LIVE
     ),

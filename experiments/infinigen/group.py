@@ -1,7 +1,7 @@
 """Ablation: how the query heads of a kv head are joined, which the paper leaves open, by the budget."""
 
 from experiments.infinigen.study import Case, Points, Study, best, main, percent
-from kvjax.cache import InfiniGen
+from kvjax.cache import InfiniGenPaper
 
 BUDGETS = (0.05, 0.1, 0.2, 0.4)
 
@@ -21,7 +21,7 @@ STUDY = Study(
     title="InfiniGen by how the guesses of a kv head's query heads are joined",
     axis="budget (share of the tokens)",
     legend="joined by",
-    cases=tuple(Case(group, budget, InfiniGen(budget=budget, group=group)) for group in ("max", "mean") for budget in BUDGETS),  # type: ignore[arg-type]
+    cases=tuple(Case(group, budget, InfiniGenPaper(budget=budget, group=group)) for group in ("max", "mean") for budget in BUDGETS),  # type: ignore[arg-type]
     findings=findings,
 )
 

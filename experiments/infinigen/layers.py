@@ -1,7 +1,7 @@
 """Ablation: the layers at the bottom that read everything. The paper takes two; in a small model they are much of all that is read."""
 
 from experiments.infinigen.study import Case, Points, Study, main, percent
-from kvjax.cache import InfiniGen
+from kvjax.cache import InfiniGenPaper
 
 FULL_LAYERS = (1, 2, 3, 4)
 BUDGETS = (0.05, 0.2)
@@ -24,7 +24,9 @@ STUDY = Study(
     title="InfiniGen by the layers at the bottom that read everything",
     axis="full layers",
     legend="reads at most",
-    cases=tuple(Case(f"budget={budget:g}", full, InfiniGen(budget=budget, full_layers=full)) for budget in BUDGETS for full in FULL_LAYERS),
+    cases=tuple(
+        Case(f"budget={budget:g}", full, InfiniGenPaper(budget=budget, full_layers=full)) for budget in BUDGETS for full in FULL_LAYERS
+    ),
     findings=findings,
 )
 

@@ -62,7 +62,7 @@ def define_flags() -> None:
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 elsewhere.")
     flags.DEFINE_integer("batch_size", 8, "Prompts.", lower_bound=1)
     flags.DEFINE_integer("context", 1024, "Tokens of every row in the end.", lower_bound=64)
-    flags.DEFINE_string("infinigen", "infinigen(alpha=4,partial=0.3,budget=0.2)", "The policy.")
+    flags.DEFINE_string("infinigen", "infinigen_paper(alpha=4,partial=0.3,budget=0.2)", "The policy.")
     flags.DEFINE_list("transfers", list(TRANSFERS), "Ways to bring tokens to the device.")
     flags.DEFINE_integer("steps", 8, "Decode steps a sample.", lower_bound=1)
     flags.DEFINE_integer("reps", 7, "Samples that count, per entry.", lower_bound=1)

@@ -3,7 +3,7 @@
 import math
 
 from experiments.infinigen.study import Case, Points, Study, main
-from kvjax.cache import InfiniGen
+from kvjax.cache import InfiniGenPaper
 
 PARTIAL = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 BUDGETS = (0.05, 0.2)
@@ -28,7 +28,7 @@ STUDY = Study(
     axis="columns that guess (share)",
     legend="reads",
     cases=tuple(
-        Case(f"budget={budget:g}", partial, InfiniGen(alpha=math.inf, partial=partial, budget=budget))
+        Case(f"budget={budget:g}", partial, InfiniGenPaper(alpha=math.inf, partial=partial, budget=budget))
         for budget in BUDGETS
         for partial in PARTIAL
     ),

@@ -5,7 +5,7 @@ behind its first fifth, as in the accuracy simulation of the paper's code, when 
 """
 
 from experiments.infinigen.study import Case, Points, Study, main, percent
-from kvjax.cache import InfiniGen
+from kvjax.cache import InfiniGenPaper
 
 POOLS = (0.2, 0.4, 0.6, 0.8, 1.0)
 VICTIMS = ("counter", "lru", "fifo")
@@ -29,7 +29,7 @@ def findings(points: Points) -> list[str]:
 
 
 def cases(how: str, fed: bool) -> tuple[Case, ...]:
-    made = [(victim, pool, InfiniGen(pool=pool, victim=victim)) for victim in VICTIMS for pool in POOLS]  # type: ignore[arg-type]
+    made = [(victim, pool, InfiniGenPaper(pool=pool, victim=victim)) for victim in VICTIMS for pool in POOLS]  # type: ignore[arg-type]
     return tuple(Case(f"{how}, {victim}", pool, policy, fed) for victim, pool, policy in made)
 
 

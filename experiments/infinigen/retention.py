@@ -25,7 +25,7 @@ from rich.console import Console
 from experiments.infinigen import quality
 from experiments.infinigen.quality import Bench, Record, kept_share, recall_interval, wilson
 from experiments.infinigen.study import about, percent, save
-from kvjax.cache import H2O, Full, InfiniGen, OracleTopK, Policy, Strategy, Streaming
+from kvjax.cache import H2O, Full, InfiniGenPaper, OracleTopK, Policy, Strategy, Streaming
 from kvjax.files import replace
 
 OUTPUT_DIR = "experiments/results/retention_cpu"
@@ -36,8 +36,8 @@ ALSO = 0.6
 LIMITED: dict[str, Policy] = {
     "streaming": Streaming(),
     "h2o": H2O(),
-    "infinigen": InfiniGen(),
-    "infinigen, 1 full layer": InfiniGen(full_layers=1),
+    "infinigen": InfiniGenPaper(),
+    "infinigen, 1 full layer": InfiniGenPaper(full_layers=1),
     "oracle_topk": OracleTopK(),
 }
 STYLES = {
@@ -60,7 +60,7 @@ Found = dict[tuple[str, float], Record]
 def cases() -> dict[tuple[str, float], Strategy]:
     """By name and budget; what has no budget stands at 1."""
     found = {("full", 1.0): quality.strategy_of(Full()), ("offload", 1.0): quality.strategy_of(Full(), offloaded=True)}
-    found["infinigen, 1 token", 1.0] = quality.strategy_of(InfiniGen(budget=1))
+    found["infinigen, 1 token", 1.0] = quality.strategy_of(InfiniGenPaper(budget=1))
     for name, policy in LIMITED.items():
         budgets = (*BUDGETS, ALSO) if name in ("streaming", "h2o") else BUDGETS
         found |= {(name, budget): quality.strategy_of(policy.with_budget(budget)) for budget in budgets}

@@ -6,7 +6,7 @@ At alpha=inf, as in the paper: every case reads its whole budget. Under a thresh
 import math
 
 from experiments.infinigen.study import Case, Points, Study, main, percent
-from kvjax.cache import InfiniGen
+from kvjax.cache import InfiniGenPaper
 
 PARTIAL = (0.1, 0.3, 0.5, 1.0)
 
@@ -31,7 +31,7 @@ STUDY = Study(
     axis="columns that guess (share)",
     legend="skew",
     cases=tuple(
-        Case(name, partial, InfiniGen(alpha=math.inf, partial=partial, skew=skew))
+        Case(name, partial, InfiniGenPaper(alpha=math.inf, partial=partial, skew=skew))
         for name, skew in (("with", True), ("without", False))
         for partial in PARTIAL
     ),

@@ -115,7 +115,8 @@ def verify(case: Case, rng: np.random.Generator, implementation: Name, function=
     """Raises AssertionError where an implementation differs from the loop."""
     arguments = problem(case, rng)
     found = call(case, arguments, implementation, function)
-    want: Any = reference.speculate(*arguments, case.alpha, case.limit, case.join)
+    q, keys, visible, cap, always = arguments
+    want: Any = reference.speculate(q, keys, visible, cap, always, case.alpha, case.limit, case.join)
     if case.join == "mass":
         verify_masses(case, arguments, found, want)
         return

@@ -1,7 +1,21 @@
 """The KV cache: state, policies (which tokens), stores (where bytes live), strategies (both), the ledger."""
 
 from kvjax.cache.ledger import Ledger, Tier, ledger
-from kvjax.cache.policies import H2O, POLICIES, PROTECTED, Amount, Full, InfiniGen, OracleTopK, Policy, Slots, Streaming, halves, tokens
+from kvjax.cache.policies import (
+    H2O,
+    POLICIES,
+    PROTECTED,
+    Amount,
+    Full,
+    InfiniGen,
+    InfiniGenPaper,
+    OracleTopK,
+    Policy,
+    Slots,
+    Streaming,
+    halves,
+    tokens,
+)
 from kvjax.cache.spec import parse_policy, parse_strategy, split_specs
 from kvjax.cache.state import CacheShape, KVState, LayerState
 from kvjax.cache.steps import Decode, Forward, Prefill, Stage
@@ -9,7 +23,8 @@ from kvjax.cache.stores import STORES, DenseStore, HostStore, PagedStore, PageTa
 from kvjax.cache.strategy import Strategy, stage_for
 
 __all__ = [
-    "H2O", "POLICIES", "PROTECTED", "STORES", "Amount", "CacheShape", "Decode", "DenseStore", "Forward", "Full", "HostStore", "InfiniGen",
-    "KVState", "LayerState", "Ledger", "OracleTopK", "PageTable", "PagedStore", "Policy", "Prefill", "Slots", "Stage", "Store", "Strategy",
-    "Streaming", "Tier", "halves", "ledger", "parse_policy", "parse_strategy", "split_specs", "stage_for", "tokens",
+    "H2O", "POLICIES", "PROTECTED", "STORES", "Amount", "CacheShape", "Decode", "DenseStore", "Forward", "Full",
+    "HostStore", "InfiniGen", "InfiniGenPaper", "KVState", "LayerState", "Ledger", "OracleTopK", "PageTable",
+    "PagedStore", "Policy", "Prefill", "Slots", "Stage", "Store", "Strategy", "Streaming", "Tier", "halves", "ledger",
+    "parse_policy", "parse_strategy", "split_specs", "stage_for", "tokens",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from kvjax.cache import CacheShape, HostStore, KVState, Prefill, Strategy
 from kvjax.cache.ledger import nbytes
+from kvjax.calibrate import RANK
 from kvjax.errors import SpecError
 from kvjax.generation import unrolled_prefill, unrolled_settle, unrolled_steps
 from kvjax.kernels.dispatch import current_device
@@ -217,7 +218,11 @@ def _abstract_params(config: ModelConfig, dtype: str, strategy: Strategy) -> par
         attention = params["params"][f"layer_{layer}"]["attention"]
         weight, bias = attention["q"]["weight"], attention["q"].get("bias")
         if config.rope is not None or config.qk_norm:
-            return QueryGuide(weight, bias, attention.get("q_norm"), key)
+            project: Any = jax.ShapeDtypeStruct(key.shape, kind) if policy.columns == "product" else key
+            rank = min(RANK, *weight.shape) if policy.correction else 0
+            down, up = (jax.ShapeDtypeStruct(size, kind) for size in ((rank, weight.shape[1]), (weight.shape[0], rank)))
+            low_rank: Any = (down, up) if rank else (None, None)
+            return QueryGuide(weight, bias, attention.get("q_norm"), project, *low_rank)
         rows = config.num_heads * columns
         cut: Any = jax.ShapeDtypeStruct((rows, config.hidden_size), kind)
         cut_bias: Any = None if bias is None else jax.ShapeDtypeStruct((rows,), kind)
@@ -231,11 +236,18 @@ def _abstract_params(config: ModelConfig, dtype: str, strategy: Strategy) -> par
 def weight_bytes(setting: Setting) -> tuple[int, int]:
     """Of the parameters, and of what a guide has beside them.
 
-    Where a guide projects queries, its weights are the model's own and its projection is the next layer's `key`: no memory twice.
+    Where a guide projects queries, its weights are the model's own and its projection may be the next layer's `key`: no memory twice.
     """
     params = _params(setting)
-    guide = 0
-    for layer in guides(params, setting.config.num_layers):
-        cut = layer.following is not None and layer.following.project is None
-        guide += nbytes(layer.key) + (nbytes(layer.following) if cut else 0)
+    guide, every = 0, guides(params, setting.config.num_layers)
+    for layer, above in zip(every, (*every[1:], None), strict=False):
+        guide += nbytes(layer.key)
+        following = layer.following
+        if following is None:
+            continue
+        if following.project is None:
+            guide += nbytes(following)
+            continue
+        assert above is not None
+        guide += nbytes((following.down, following.up)) + (0 if following.project is above.key else nbytes(following.project))
     return nbytes(params["params"]), guide

@@ -137,8 +137,8 @@ def _prompt_twin(strategy: Strategy) -> Strategy:
     policy = strategy.policy
     if isinstance(policy, InfiniGen):
         plain = InfiniGen()
-        reading = ("alpha", "budget", "sinks", "recent", "count", "group", "correction")
-        policy = dataclasses.replace(policy, **{name: getattr(plain, name) for name in reading if policy.pool is None or name == "alpha"})
+        only_read = ["alpha", "budget", "count", "group", "correction"] + (["sinks", "recent"] if policy.pool is None else [])
+        policy = dataclasses.replace(policy, **{name: getattr(plain, name) for name in only_read})
     if isinstance(policy, OracleTopK):
         policy = OracleTopK()
     return Strategy(policy, strategy.store)

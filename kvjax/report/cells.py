@@ -103,7 +103,13 @@ def budget_of(record: Record) -> int | float | None:
     return round(sum(amounts), 6)
 
 
-BUDGETS = {"h2o": ("heavy", "recent"), "streaming": ("window",), "infinigen": ("budget",), "oracle_topk": ("k",)}
+BUDGETS = {
+    "h2o": ("heavy", "recent"),
+    "streaming": ("window",),
+    "infinigen": ("budget",),
+    "infinigen_paper": ("budget",),
+    "oracle_topk": ("k",),
+}
 """Arguments that are budgets, of the policies kvjax has."""
 
 

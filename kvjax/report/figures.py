@@ -72,6 +72,7 @@ FAMILIES = {
     "h2o": Style("#D55E00", "^"),
     "streaming": Style("#E69F00", "v"),
     "infinigen": Style("#009E73", "D"),
+    "infinigen_paper": Style("#117733", "d"),
     "offload": Style("#56B4E9", "P"),
     "oracle_topk": Style("#CC79A7", "X"),
 }

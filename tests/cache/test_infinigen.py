@@ -12,7 +12,7 @@ import pytest
 
 import kvjax
 from kvjax import PrefillPlan
-from kvjax.cache import CacheShape, Decode, HostStore, InfiniGen, Prefill, Strategy, ledger, parse_strategy
+from kvjax.cache import CacheShape, Decode, HostStore, InfiniGen, InfiniGenPaper, Prefill, Strategy, ledger, parse_strategy
 from kvjax.calibrate import Calibration, calibrate, prepare
 from kvjax.errors import SpecError
 from kvjax.models import Model, parameters
@@ -50,6 +50,14 @@ def test_conforms(spec, transfer):
 # ------------------------------------------------------------------------------------------------------------- what the rule selects
 
 
+def joined_by(policy: InfiniGen, logits: np.ndarray) -> np.ndarray:
+    """Of a kv head's query heads [G, tokens held]: their highest, their mean, or the log of the mean attention they give."""
+    if policy.group == "mass":
+        attention = np.exp(logits - logits.max(-1, initial=-1e9, keepdims=True))
+        return np.log((attention / attention.sum(-1, keepdims=True)).mean(0))
+    return logits.max(0) if policy.group == "max" else logits.mean(0)
+
+
 def most_read(policy: InfiniGen, held: int) -> int:
     return min(policy.budget, held) if isinstance(policy.budget, int) else min(held, max(1, math.floor(policy.budget * held + 1e-9)))
 
@@ -74,7 +82,10 @@ def naive_selection(policy: InfiniGen, logits: list[list[dict[int, float]]], len
             fixed = set_aside(policy, by_position, length, most)
             rest = sorted((p for p in by_position if p not in fixed), key=lambda p: (-by_position[p], p))
             highest = by_position[rest[0]] if rest else 0.0
-            near = sum(by_position[p] > highest - policy.alpha or by_position[p] == highest for p in rest)
+            if policy.group == "mass":
+                near = sum(by_position[p] > -policy.alpha for p in rest)
+            else:
+                near = sum(by_position[p] > highest - policy.alpha or by_position[p] == highest for p in rest)
             counts.append(near + len(fixed))
             orders.append(sorted(fixed) + rest)
         rows.append((most, counts, orders))
@@ -87,13 +98,15 @@ def naive_selection(policy: InfiniGen, logits: list[list[dict[int, float]]], len
 
 
 RULES = [
-    InfiniGen(alpha=2.0, budget=8, sinks=0, recent=0),
-    InfiniGen(alpha=3.5, budget=0.3, sinks=1, recent=2),
-    InfiniGen(alpha=2.0, budget=0.9, count="batch", sinks=2, recent=0),
-    InfiniGen(alpha=2.0, budget=0.9, group="mean", sinks=0, recent=4),
-    InfiniGen(alpha=0.0, budget=8, sinks=1, recent=1),
-    InfiniGen(alpha=1.0, budget=9),  # half of 9 is less than the sinks and the recent
-    InfiniGen(alpha=math.inf, budget=1.0),
+    InfiniGenPaper(alpha=2.0, budget=8, sinks=0, recent=0),
+    InfiniGenPaper(alpha=3.5, budget=0.3, sinks=1, recent=2),
+    InfiniGenPaper(alpha=2.0, budget=0.9, count="batch", sinks=2, recent=0),
+    InfiniGenPaper(alpha=2.0, budget=0.9, group="mean", sinks=0, recent=4),
+    InfiniGenPaper(alpha=0.0, budget=8, sinks=1, recent=1),
+    InfiniGen(alpha=2.9, budget=9, group="max"),  # half of 9 is less than the sinks and the recent
+    InfiniGen(alpha=2.9, budget=0.8, sinks=1, recent=3),
+    InfiniGen(alpha=3.7, budget=0.8, sinks=0, recent=0, count="batch"),
+    InfiniGenPaper(alpha=math.inf, budget=1.0),
 ]
 
 
@@ -112,13 +125,20 @@ def test_selection_is_the_rule_ties_included(policy):
         guess = np.where(position[:, :, None] >= 0, guess, np.nan)  # partial keys of empty slots may be anything
         arguments = jnp.asarray(position), jnp.asarray(held + 7)
         slot, count = select(jnp.asarray(guess, jnp.float32), *arguments)
-        joined = guess.max(2) if policy.group == "max" else guess.mean(2)
-        logits = [[{p: joined[b, h, c] for c, p in enumerate(position[b, h]) if p >= 0} for h in range(3)] for b in range(4)]
+        seen = [[position[b, h] >= 0 for h in range(3)] for b in range(4)]
+        joined = [[joined_by(policy, guess[b, h][:, seen[b][h]]) for h in range(3)] for b in range(4)]
+        logits = [[dict(zip(position[b, h][seen[b][h]].tolist(), joined[b][h], strict=True)) for h in range(3)] for b in range(4)]
         naive = naive_selection(policy, logits, (held + 7).tolist())
         assert count.tolist() == [n for n, _ in naive]
         for row, head in np.ndindex(4, 3):
             n, orders = naive[row]
-            assert position[row, head, slot[row, head, :n]].tolist() == orders[head][:n]
+            read = position[row, head, slot[row, head, :n]].tolist()
+            if policy.group == "mass":  # where the rest is as large to float32, either may come first
+                rank = [logits[row][head][p] for p in orders[head][:n]]
+                np.testing.assert_allclose([logits[row][head][p] for p in read], rank, atol=1e-5)
+                assert len(set(read)) == n
+            else:
+                assert read == orders[head][:n]
             fixed = set_aside(policy, logits[row][head], held[row] + 7, most_read(policy, held[row]))
             assert set(position[row, head, np.asarray(always(*arguments))[row, head]]) == fixed
 
@@ -127,10 +147,21 @@ def test_a_sink_no_longer_sets_the_threshold():
     """One logit stands 9 above all others: the published rule reads that token alone, the default one reads what is near the next."""
     guess = jnp.where(jnp.arange(40) == 0, 9.0, jnp.where(jnp.arange(40) % 4 == 1, 0.0, -5.0))[None, None, None]
     position, length = jnp.arange(40)[None, None], jnp.array([40])
-    assert InfiniGen(sinks=0, recent=0, budget=30).select(guess, position, length)[1].tolist() == [1]
-    slot, count = InfiniGen(sinks=1, recent=4, alpha=4.0, budget=30).select(guess, position, length)
+    assert InfiniGenPaper(budget=30).select(guess, position, length)[1].tolist() == [1]
+    slot, count = InfiniGen(sinks=1, recent=4, alpha=4.0, budget=30, group="max").select(guess, position, length)
     assert count.tolist() == [1 + 4 + 9]
     assert slot[0, 0, :14].tolist() == [0, 36, 37, 38, 39, *range(1, 36, 4)]
+
+
+def test_a_head_that_looks_at_the_sink_wants_nothing():
+    """Of two query heads one gives 0.99 to the sink, the other spreads its attention over 9 tokens: those are read, though their logits are
+    lower than what the first has next to the sink."""
+    first = jnp.where(jnp.arange(40) == 0, 20.0, jnp.where(jnp.arange(40) < 12, 9.0, 0.0))
+    second = jnp.where((jnp.arange(40) >= 12) & (jnp.arange(40) < 21), 5.0, -5.0)
+    position, length = jnp.arange(40)[None, None], jnp.array([40])
+    slot, count = InfiniGen(sinks=1, recent=0, alpha=4.0, budget=30).select(jnp.stack([first, second])[None, None], position, length)
+    assert count.tolist() == [10]
+    assert slot[0, 0, :10].tolist() == [0, *range(12, 21)]
 
 
 def test_mean_of_equal_counts_is_that_count():
@@ -138,7 +169,7 @@ def test_mean_of_equal_counts_is_that_count():
     for heads in (41, 47):
         counts = jnp.array([1, 2, 4, 8])
         guess = jnp.broadcast_to(jnp.where(jnp.arange(10) < counts[:, None, None, None], 0.0, -9.0), (4, heads, 1, 10))
-        position, plain = jnp.broadcast_to(jnp.arange(10), (4, 1, 1, 10)), InfiniGen(budget=10, sinks=0, recent=0)
+        position, plain = jnp.broadcast_to(jnp.arange(10), (4, 1, 1, 10)), InfiniGenPaper(budget=10, sinks=0, recent=0)
         for policy in (plain, dataclasses.replace(plain, count="batch")):
             everything = jax.jit(jax.vmap(policy.select))  # a batch of one each
             _, found = everything(guess[:, None], position, jnp.full((4, 1), 10))
@@ -149,7 +180,7 @@ def test_one_mean_serves_the_batch_only_where_that_is_asked_for():
     near = jnp.array([10, 2])  # tokens close to the highest, of 10
     guess = jnp.where(jnp.arange(10) < near[:, None, None, None], 0.0, -9.0)
     position, length = jnp.broadcast_to(jnp.arange(10), (2, 1, 10)), jnp.array([10, 10])
-    policy = InfiniGen(budget=10, sinks=0, recent=0)
+    policy = InfiniGenPaper(budget=10, sinks=0, recent=0)
     assert policy.select(guess, position, length)[1].tolist() == [10, 2]
     assert dataclasses.replace(policy, count="batch").select(guess, position, length)[1].tolist() == [6, 6]
 
@@ -157,12 +188,13 @@ def test_one_mean_serves_the_batch_only_where_that_is_asked_for():
 @pytest.mark.parametrize(
     ("policy", "dim", "count"),
     [
-        (InfiniGen(), 64, 19),
-        (InfiniGen(partial=0.2, columns="query"), 64, 12),
-        (InfiniGen(partial=0.2, columns="union"), 64, 24),
-        (InfiniGen(partial=0.9, columns="union"), 16, 16),
-        (InfiniGen(partial=0.01), 16, 1),
-        (InfiniGen(partial=1), 16, 16),
+        (InfiniGenPaper(), 64, 19),
+        (InfiniGenPaper(partial=0.2, columns="query"), 64, 12),
+        (InfiniGenPaper(partial=0.2, columns="union"), 64, 24),
+        (InfiniGen(partial=0.2), 64, 12),
+        (InfiniGenPaper(partial=0.9, columns="union"), 16, 16),
+        (InfiniGenPaper(partial=0.01), 16, 1),
+        (InfiniGenPaper(partial=1), 16, 16),
     ],
 )
 def test_columns_of_partial_keys(policy, dim, count):
@@ -219,10 +251,11 @@ class Oracle:
     calibration: Calibration
     policy: InfiniGen
 
-    def projected(self, layer: int, name: str, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def projected(self, layer: int, name: str, x: np.ndarray, positions: np.ndarray, correction: np.ndarray | None = None) -> np.ndarray:
         """[N, heads, D] of `x` [N, M], normalised and rotated as they meet in the product."""
         config, own = self.model.config, self.model.params["params"][f"layer_{layer}"]["attention"]
-        y = x @ np.asarray(own[name]["weight"], np.float64).T
+        weight = np.asarray(own[name]["weight"], np.float64)
+        y = x @ (weight if correction is None else weight + correction).T
         if "bias" in own[name]:
             y = y + np.asarray(own[name]["bias"], np.float64)
         y = y.reshape(len(x), -1, config.head_dim)
@@ -235,19 +268,24 @@ class Oracle:
             y = np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
         return y
 
-    def columns(self, layer: int, head: int) -> np.ndarray:
-        """[D, P]: the kept columns of A."""
+    def columns(self, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
+        """[D, P] for queries and for keys: the kept columns of A, or of the projections."""
+        if self.policy.columns == "product":
+            kept = max(1, int(self.policy.partial * self.model.config.head_dim))
+            return self.calibration.product_query[layer, head, :, :kept], self.calibration.product_key[layer, head, :, :kept]
         policy, found, dim = self.policy, self.calibration, self.model.config.head_dim
         query, key = (found.query_mass, found.key_mass) if policy.skew else (found.plain_query_mass, found.plain_key_mass)
         query, key = query[layer, head], key[layer, head]
         each = max(1, int(policy.partial * dim))
-        best = {name: set(np.argsort(-mass)[:each]) for name, mass in (("sum", query + key), ("query", query), ("key", key))}
+        best: dict[str, set] = {
+            name: set(np.argsort(-mass)[:each]) for name, mass in (("sum", query + key), ("query", query), ("key", key))
+        }
         chosen = best["query"] | best["key"] if policy.columns == "union" else best[policy.columns]
         if policy.columns == "union":  # filled up to the same size everywhere
             rest = [c for c in np.argsort(-(query + key)) if c not in chosen]
             chosen |= set(rest[: min(2 * each, dim) - len(chosen)])
         turn = found.skew[layer, head].astype(np.float64) if policy.skew else np.eye(dim)
-        return turn[:, sorted(chosen)]
+        return turn[:, sorted(chosen)], turn[:, sorted(chosen)]
 
     def guess(self, layer: int, before: np.ndarray, own: np.ndarray, held: list[np.ndarray]) -> list[np.ndarray]:
         """Per kv head: joined logits of the positions in `held`.
@@ -257,13 +295,16 @@ class Oracle:
           own: attention inputs [N, M] of `layer` for the tokens before it.
         """
         config, at = self.model.config, np.array([len(own)])
-        q = self.projected(layer, "q", before[None], at)[0].reshape(config.num_kv_heads, -1, config.head_dim)
+        correction = None
+        if self.policy.correction:
+            correction = self.calibration.up[layer].astype(np.float64) @ self.calibration.down[layer]
+        q = self.projected(layer, "q", before[None], at, correction)[0].reshape(config.num_kv_heads, -1, config.head_dim)
         k = self.projected(layer, "k", own, np.arange(len(own)))
         found = []
         for head, positions in enumerate(held):
-            columns = self.columns(layer, head)
-            logits = (q[head] @ columns) @ (k[positions, head] @ columns).T / np.sqrt(config.head_dim)
-            found.append(logits.max(0) if self.policy.group == "max" else logits.mean(0))
+            of_queries, of_keys = self.columns(layer, head)
+            logits = (q[head] @ of_queries) @ (k[positions, head] @ of_keys).T / np.sqrt(config.head_dim)
+            found.append(joined_by(self.policy, logits))
         return found
 
 
@@ -275,23 +316,26 @@ def clearly(policy: InfiniGen, by_position: dict[int, float], length: int) -> bo
     """Whether no logit of a kv head lies on its threshold."""
     fixed = set_aside(policy, by_position, length, most_read(policy, len(by_position)))
     rest = np.array([x for p, x in by_position.items() if p not in fixed])
-    return not rest.size or np.abs(rest - rest.max() + policy.alpha).min() > MARGIN
+    highest = 0 if policy.group == "mass" else rest.max(initial=-np.inf)
+    return not rest.size or np.abs(rest - highest + policy.alpha).min() > MARGIN
 
 
 STEPS, LENGTHS = 8, np.array([26, 15, 3])
 STYLES: dict[str, InfiniGen] = {
-    "opt": InfiniGen(alpha=2.0, partial=0.5, budget=16, sinks=2, recent=3, full_layers=1),
-    "llama-mha": InfiniGen(alpha=2.0, partial=0.3, budget=0.8, sinks=0, recent=0, columns="union", full_layers=0),
-    "llama-gqa": InfiniGen(
+    "opt": InfiniGenPaper(alpha=2.0, partial=0.5, budget=16, sinks=2, recent=3, full_layers=1),
+    "llama-mha": InfiniGenPaper(alpha=2.0, partial=0.3, budget=0.8, sinks=0, recent=0, columns="union", full_layers=0),
+    "llama-gqa": InfiniGenPaper(
         alpha=1.5, partial=0.4, budget=0.7, sinks=1, recent=0, columns="query", skew=False, group="mean", count="batch", full_layers=1
     ),
-    "qwen3-gqa": InfiniGen(alpha=2.5, partial=0.4, budget=9, sinks=1, recent=2, pool=12, victim="lru", full_layers=1),
+    "llama-default": InfiniGen(alpha=3.0, partial=0.4, budget=0.7, sinks=1, recent=2, full_layers=1),
+    "opt-default": InfiniGen(alpha=3.0, partial=0.4, budget=0.7, sinks=0, recent=3, full_layers=1),
+    "qwen3-gqa": InfiniGenPaper(alpha=2.5, partial=0.4, budget=9, sinks=1, recent=2, pool=12, victim="lru", full_layers=1),
 }
 
 
 def sharp_model(style: str, byte_model: Model, opt_model: Model) -> Model:
     """Random weights, with queries large enough for attention to have favourites."""
-    config: ModelConfig = dataclasses.replace((opt_model if style == "opt" else byte_model).config, name=style, num_layers=3)
+    config: ModelConfig = dataclasses.replace((opt_model if style.startswith("opt") else byte_model).config, name=style, num_layers=3)
     if style == "llama-mha":
         config = dataclasses.replace(config, num_kv_heads=config.num_heads)
     if style.startswith("qwen3"):
@@ -316,7 +360,8 @@ def test_what_is_read_is_what_the_oracle_says(style, byte_model, opt_model):
     config, rng = model.config, np.random.default_rng(7)
     tokens = rng.integers(0, config.vocab_size, (3, LENGTHS.max() + STEPS)).astype(np.int32)
     calibration = calibrate(model, tokens)
-    prepared = prepare(model, calibration, partial=policy.partial, columns=policy.columns, skew=policy.skew)
+    options: dict = {name: getattr(policy, name) for name in ("partial", "columns", "skew", "correction")}
+    prepared = prepare(model, calibration, **options)
     oracle, strategy = Oracle(model, calibration, policy), Strategy(policy, HostStore("device"))
     shape = CacheShape(config.num_layers, config.num_kv_heads, config.group_size, config.head_dim, jnp.dtype(jnp.float32))
 
@@ -374,7 +419,7 @@ def test_what_is_read_is_what_the_oracle_says(style, byte_model, opt_model):
 
 
 def ample(model: Model, full_layers: int) -> tuple[Model, Strategy]:
-    strategy = Strategy(InfiniGen(alpha=math.inf, budget=1000, full_layers=full_layers), HostStore())
+    strategy = Strategy(InfiniGenPaper(alpha=math.inf, budget=1000, full_layers=full_layers), HostStore())
     return kvjax.calibrated(model, strategy, calibrate(model, np.arange(2 * 20).reshape(2, 20))), strategy
 
 
@@ -395,7 +440,7 @@ def test_ample_generates_as_the_full_cache_token_for_token(byte_model):
 
 
 def test_limited_pool_in_chunks_generates_as_in_one_call(byte_model):
-    strategy = Strategy(InfiniGen(alpha=2.0, budget=6, pool=0.5, full_layers=1), HostStore("device"))
+    strategy = Strategy(InfiniGenPaper(alpha=2.0, budget=6, pool=0.5, full_layers=1), HostStore("device"))
     prompts = [list(range(40, 70)), list(range(60, 80))]
     ready = kvjax.calibrated(byte_model, strategy, calibrate(byte_model, np.array([prompts[0]])))
     whole, chunked = (
@@ -418,7 +463,7 @@ def test_model_without_a_guide_is_refused(byte_model):
 @pytest.mark.parametrize("pool", [None, 12])
 def test_partial_keys_are_those_of_the_keys_in_their_slots(pool):
     """After a prompt in chunks, and after decoding and evicting, with a row that sits out."""
-    strategy = Strategy(InfiniGen(alpha=2.0, budget=6, pool=pool, full_layers=0), HostStore("device"))
+    strategy = Strategy(InfiniGenPaper(alpha=2.0, budget=6, pool=pool, full_layers=0), HostStore("device"))
     tokens, lengths = random_tokens(np.random.default_rng(), 3, 45), np.array([37, 20, 3])
     trace = run(strategy, tokens, lengths, 6, chunk=8, fill=np.nan, active=np.array([True, False, True]))
     columns = np.asarray(guide(strategy).key)
@@ -448,11 +493,11 @@ def noted_step(policy, kv, q, k, v, active):
 
 
 @pytest.mark.parametrize("policy", [
-    InfiniGen(alpha=1.5, budget=6, sinks=0, recent=0, pool=20, victim="counter", full_layers=0),
-    InfiniGen(alpha=1.5, budget=6, sinks=0, recent=0, pool=0.5, victim="lru", full_layers=0),
-    InfiniGen(alpha=1.5, budget=6, sinks=0, recent=0, pool=20, victim="fifo", full_layers=0),
-    InfiniGen(alpha=1.5, budget=6, sinks=2, recent=3, pool=20, victim="counter", full_layers=0),
-    InfiniGen(alpha=1.5, budget=6, sinks=1, recent=20, pool=0.5, victim="fifo", full_layers=0),
+    InfiniGenPaper(alpha=1.5, budget=6, sinks=0, recent=0, pool=20, victim="counter", full_layers=0),
+    InfiniGenPaper(alpha=1.5, budget=6, sinks=0, recent=0, pool=0.5, victim="lru", full_layers=0),
+    InfiniGenPaper(alpha=1.5, budget=6, sinks=0, recent=0, pool=20, victim="fifo", full_layers=0),
+    InfiniGenPaper(alpha=1.5, budget=6, sinks=2, recent=3, pool=20, victim="counter", full_layers=0),
+    InfiniGenPaper(alpha=1.5, budget=6, sinks=1, recent=20, pool=0.5, victim="fifo", full_layers=0),
 ], ids=lambda policy: f"{policy.victim}-{policy.sinks}-{policy.recent}")  # fmt: skip
 def test_victims_are_those_of_a_naive_book(policy):
     """A victim per head and step once the pool is full, never the newcomer, never one twice; what is gone is not fetched again.
@@ -508,7 +553,7 @@ def test_victims_are_those_of_a_naive_book(policy):
 @pytest.mark.parametrize("victim", ["counter", "lru"])
 def test_where_everything_is_read_the_oldest_goes(victim):
     """Every token is used in every step there, so the count would be the age and the newest token the least used."""
-    strategy = Strategy(InfiniGen(sinks=0, recent=0, pool=12, victim=victim, full_layers=1), HostStore("device"))
+    strategy = Strategy(InfiniGenPaper(sinks=0, recent=0, pool=12, victim=victim, full_layers=1), HostStore("device"))
     kv = run(strategy, random_tokens(np.random.default_rng(0), 2, 45), np.array([37, 20]), 8).states[-1]
     for row, newest in enumerate((44, 27)):
         assert set(kept(kv, row, 0)) == set(range(newest - 11, newest + 1))
@@ -519,7 +564,7 @@ def test_where_everything_is_read_the_oldest_goes(victim):
 
 def test_books_of_a_selected_fetch_against_a_hand_count():
     """Budget 6 of at most 6 slots in sizes 2, 3, 5, 6; an alpha without end, so that every step wants the budget, or all there is."""
-    strategy = Strategy(InfiniGen(alpha=math.inf, budget=6, partial=0.25, full_layers=0), HostStore())
+    strategy = Strategy(InfiniGenPaper(alpha=math.inf, budget=6, partial=0.25, full_layers=0), HostStore())
     tokens = random_tokens(np.random.default_rng(0), 2, 24)
     kv = run(strategy, tokens, np.array([20, 3]), 4).states[-1]
     decoded, held, wanted, moved = np.asarray(kv.layers[0].store.traffic).tolist()
@@ -559,10 +604,11 @@ def test_books_of_a_selected_fetch_against_a_hand_count():
         ({"budget": 0.0}, "budget=0 reads nothing"),
         ({"budget": 1.5}, "budget=1.5 is not a fraction between 0 and 1"),
         ({"budget": "all"}, "budget='all' is not a number"),
-        ({"columns": "key"}, "columns=key does not exist; choose from sum, query, union"),
+        ({"columns": "key"}, "columns=key does not exist; choose from product, sum, query, union"),
         ({"skew": "no"}, "skew='no' is not True or False"),
+        ({"correction": 1}, "correction=1 is not True or False"),
         ({"count": "head"}, "count=head does not exist; choose from request, batch"),
-        ({"group": "sum"}, "group=sum does not exist; choose from max, mean"),
+        ({"group": "sum"}, "group=sum does not exist; choose from mass, max, mean"),
         ({"pool": 0}, "pool=0 keeps nothing; give tokens or a fraction of the prompt, or leave it out"),
         ({"pool": -3}, "pool=-3 is negative"),
         ({"victim": "random"}, "victim=random does not exist; choose from counter, lru, fifo"),

@@ -127,8 +127,9 @@ def test_only_the_rule_itself_is_fused(policy):
 @pytest.mark.parametrize(
     "policy",
     [
-        InfiniGen(alpha=2.0, budget=8, sinks=0, recent=0),
-        InfiniGen(alpha=3.5, budget=0.3, sinks=2, recent=5),
+        InfiniGen(alpha=2.0, budget=8, sinks=0, recent=0, group="max"),
+        InfiniGen(alpha=3.5, budget=0.3, sinks=2, recent=5, group="max"),
+        InfiniGen(alpha=4.0, budget=0.3, sinks=2, recent=5),
         InfiniGen(alpha=np.inf, budget=1.0),
         InfiniGen(alpha=1.0, budget=0.3, recent=70),
     ],
@@ -167,8 +168,8 @@ def test_only_the_published_selection_is_fused():
     length = jnp.array([50])
     for policy in (Greedy(), InfiniGen(count="batch"), InfiniGen(group="mean"), InfiniGen(alpha=0.0)):
         assert policy.fused_selection(position, length) is None
-    alpha, most, limit, always, _ = InfiniGen(alpha=5, budget=0.2, sinks=2, recent=2).fused_selection(position, length)
-    assert (alpha, most.tolist(), limit, np.flatnonzero(always).tolist()) == (5.0, [10], 25, [0, 1, 48, 49])
+    alpha, most, limit, always, group = InfiniGen(alpha=5, budget=0.2, sinks=2, recent=2).fused_selection(position, length)
+    assert (alpha, most.tolist(), limit, np.flatnonzero(always).tolist(), group) == (5.0, [10], 25, [0, 1, 48, 49], "mass")
     assert InfiniGen(sinks=0, recent=0).fused_selection(position, length).always is None
 
 

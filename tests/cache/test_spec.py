@@ -12,6 +12,7 @@ from kvjax.cache import (
     Full,
     HostStore,
     InfiniGen,
+    InfiniGenPaper,
     OracleTopK,
     PagedStore,
     Strategy,
@@ -54,13 +55,15 @@ def test_meaning_and_round_trip(spec, policy):
         (H2O(8, 8, group="max"), "h2o(heavy=8,recent=8,group=max)"),
         (Streaming(), "streaming(sinks=4,window=0.2)"),
         (OracleTopK(16), "oracle_topk(k=16)"),
-        (InfiniGen(), "infinigen(alpha=4.0,partial=0.3,budget=0.2,sinks=4,recent=16)"),
+        (InfiniGen(), "infinigen(alpha=8.0,partial=0.3,budget=0.3,sinks=4,recent=16)"),
+        (InfiniGenPaper(), "infinigen_paper(alpha=4.0,partial=0.3,budget=0.2,sinks=0,recent=0)"),
+        (InfiniGenPaper(alpha=5.0, group="mass"), "infinigen_paper(alpha=5.0,partial=0.3,budget=0.2,sinks=0,recent=0,group=mass)"),
         (InfiniGen(5, 0.2, 400, victim="lru"), "infinigen(alpha=5,partial=0.2,budget=400,sinks=4,recent=16,victim=lru)"),
         (
             InfiniGen(alpha=math.inf, sinks=0, recent=0, skew=False, full_layers=0),
-            "infinigen(alpha=inf,partial=0.3,budget=0.2,sinks=0,recent=0,skew=False,full_layers=0)",
+            "infinigen(alpha=inf,partial=0.3,budget=0.3,sinks=0,recent=0,skew=False,full_layers=0)",
         ),
-        (InfiniGen(pool=0.8, count="batch"), "infinigen(alpha=4.0,partial=0.3,budget=0.2,sinks=4,recent=16,count=batch,pool=0.8)"),
+        (InfiniGen(pool=0.8, count="batch"), "infinigen(alpha=8.0,partial=0.3,budget=0.3,sinks=4,recent=16,count=batch,pool=0.8)"),
     ],
 )
 def test_description_shows_numbers_always_and_switches_when_changed(policy, text):
@@ -69,7 +72,7 @@ def test_description_shows_numbers_always_and_switches_when_changed(policy, text
 
 
 REFUSED = [
-    ("h20", r"unknown strategy 'h20'; choose from full, streaming, h2o, infinigen, oracle_topk"),
+    ("h20", r"unknown strategy 'h20'; choose from full, streaming, h2o, infinigen, infinigen_paper, oracle_topk"),
     ("", r"cannot read strategy ''; write a name, or a name with arguments like h2o\(heavy=0.1,recent=0.1\)"),
     ("h2o(", "cannot read strategy"),
     ("h2o)", "cannot read strategy"),
@@ -152,7 +155,7 @@ def test_alias_contradicted_by_a_store(spec, store):
         ("full+", r"cannot read strategy 'full\+'"),
         ("+paged", "cannot read strategy ''"),
         ("full+paged+paged", r"cannot read strategy 'full\+paged'"),
-        ("h3o+paged", "unknown strategy 'h3o'; choose from full, streaming, h2o, infinigen, oracle_topk, vllm"),
+        ("h3o+paged", "unknown strategy 'h3o'; choose from full, streaming, h2o, infinigen, infinigen_paper, oracle_topk, vllm"),
     ],
 )
 def test_store_that_does_not_exist_after_a_plus(spec, message):

@@ -148,9 +148,9 @@ def naively(model: Model, policy: InfiniGen, token_ids: np.ndarray) -> np.ndarra
 @pytest.mark.parametrize(
     ("name", "spec"),
     [
-        ("bytes", "infinigen(alpha=2,partial=0.3,budget=0.4,sinks=1,recent=2,full_layers=1)"),
-        ("bytes", "infinigen(alpha=1.5,partial=0.2,budget=0.9,sinks=0,recent=0,columns=union,group=mean,full_layers=1)"),
-        ("opt", "infinigen(alpha=4,partial=0.3,budget=0.5,sinks=0,recent=4,full_layers=1)"),
+        ("bytes", "infinigen_paper(alpha=2,partial=0.3,budget=0.4,sinks=1,recent=2,full_layers=1)"),
+        ("bytes", "infinigen_paper(alpha=1.5,partial=0.2,budget=0.9,sinks=0,recent=0,columns=union,group=mean,full_layers=1)"),
+        ("opt", "infinigen_paper(alpha=4,partial=0.3,budget=0.5,sinks=0,recent=4,full_layers=1)"),
     ],
 )
 def test_agrees_with_numpy(deep, calibrations, name, spec):
@@ -174,7 +174,7 @@ def test_layers_that_see_the_same_input_are_guessed_exactly(deep):
         return 0 * leaf if path[-2:-1] in (("o",), ("down",)) else leaf
 
     model = dataclasses.replace(deep["bytes"], params=parameters.map_with_path(silent, deep["bytes"].params))
-    strategy = parse_strategy("infinigen(alpha=20,partial=1.0,budget=0.2,sinks=1,recent=0,full_layers=1)")
+    strategy = parse_strategy("infinigen_paper(alpha=20,partial=1.0,budget=0.2,sinks=1,recent=0,full_layers=1)")
     found = audit(calibrated(model, strategy, calibrate(model, rows(model))), strategy, rows(model), prompt_len=PROMPT)
     assert_allclose(found.values["precision"], 1)
     near, fetched = (found.values[name] for name in ("near", "fetched"))
@@ -185,7 +185,7 @@ def test_layers_that_see_the_same_input_are_guessed_exactly(deep):
 
 def test_everything_fetched_covers_everything(deep, calibrations):
     """Here from a pool that has room for 20 tokens: the truth is what it holds."""
-    strategy = parse_strategy("infinigen(alpha=inf,budget=1.0,sinks=2,recent=3,pool=20,full_layers=1)")
+    strategy = parse_strategy("infinigen_paper(alpha=inf,budget=1.0,sinks=2,recent=3,pool=20,full_layers=1)")
     found = audit(calibrated(deep["bytes"], strategy, calibrations["bytes"]), strategy, rows(deep["bytes"]), prompt_len=PROMPT)
     for measure in ("precision", "recall", "mass_covered"):
         assert_allclose(found.values[measure], 1, atol=1e-6)
@@ -194,7 +194,7 @@ def test_everything_fetched_covers_everything(deep, calibrations):
 
 
 def test_trained_model_guesses_better_than_chance():
-    model, strategy = load_model("kvjax-1m"), parse_strategy("infinigen(sinks=0,recent=0)")
+    model, strategy = load_model("kvjax-1m"), parse_strategy("infinigen_paper")
     workload = offline.make_workload(model, num_prompts=2, input_len=160, seed=0, num_facts=2)
     token_ids = np.concatenate([workload.prompts, workload.continuation], axis=1)
     found = audit(calibrated(model, strategy), strategy, token_ids, prompt_len=160)
@@ -229,7 +229,7 @@ def test_one_row_has_no_error_and_no_layer_no_record():
 
 def test_measured_recorded_and_shown(deep, calibrations):
     """Through offline.measure: when quality is asked for, on the first batch, and not otherwise."""
-    model, strategy = deep["opt"], parse_strategy("infinigen(alpha=1,partial=0.3,budget=0.5,full_layers=1)")
+    model, strategy = deep["opt"], parse_strategy("infinigen_paper(alpha=1,partial=0.3,budget=0.5,full_layers=1)")
     prepared = calibrated(model, strategy, calibrations["opt"])
     workload = offline.make_workload(model, num_prompts=3, input_len=PROMPT, seed=0, continuation_len=STEPS)
     options = dict(batch_size=2, output_len=2)
@@ -266,7 +266,7 @@ def test_memory_of_the_transfer_does_not_matter(deep, calibrations):
     """An audit gives the same whichever way the strategy moves tokens."""
     found = []
     for transfer in ("device", "jit", "driven"):
-        strategy = parse_strategy("infinigen(alpha=1,partial=0.3,budget=0.5,full_layers=1)", transfer=transfer)
+        strategy = parse_strategy("infinigen_paper(alpha=1,partial=0.3,budget=0.5,full_layers=1)", transfer=transfer)
         model = calibrated(deep["opt"], strategy, calibrations["opt"])
         found.append(jax.tree.map(float, audit(model, strategy, rows(model), prompt_len=PROMPT).record()))
     assert found[0] == found[1] == found[2]

@@ -24,45 +24,53 @@ SET_ASIDE = 2.0**100
 
 @dataclasses.dataclass(frozen=True)
 class InfiniGen(Policy):
-    """Reads, per kv head, the first tokens, the last, and of the others those whose guessed logit comes within `alpha` of their highest.
+    """Reads, per kv head, the first tokens, the last, and of the others those that are guessed to receive attention.
 
-    The guess for a layer is made while the layer before it is computed, from that layer's attention input: a few columns of the skewed
-    query, `partial` of them, times the same columns of every key (section 4.2 and 4.3 of the paper; kvjax.calibrate finds the skew and
-    the columns). How many tokens are read is the mean over the kv heads of a request, between one token and `budget`; which ones, each
-    kv head decides for itself. The token that is being decoded is read besides. The first `full_layers` layers read everything.
+    The guess for a layer is made while the layer before it is computed, from that layer's attention input: a projection of the next layer's
+    queries to a few columns, `partial` of them, times as many columns of every key (section 4.2 and 4.3 of the paper; kvjax.calibrate
+    finds them). How many tokens are read is the mean over the kv heads of a request, between one token and `budget`; which ones, each kv
+    head decides for itself. The token that is being decoded is read besides. The first `full_layers` layers read everything.
 
-    The published rule is the one with sinks=0 and recent=0. In a model that parks attention on its first token (a sink), that token has the
-    highest logit, and a threshold below it leaves out nearly everything else. So the first `sinks` tokens and the last `recent` neither set
-    the threshold nor are counted against it, and are always read. They are part of `budget` and take half of it at most: `sinks` first,
-    and then as many of the `recent` as there is room for.
+    It differs from the published rule (InfiniGenPaper) in what a real language model, with grouped queries and attention sinks, asks for:
+
+      A model parks attention on its first token, whose logit is then the highest, and a threshold below the highest leaves out nearly
+      everything else. So the first `sinks` tokens and the last `recent` are always read, and neither set the threshold nor are counted
+      against it. They are part of `budget` and take half of it at most: `sinks` first, then as many of the `recent` as there is room for.
+      What matters is attention, not logits: a head that looks at the sink alone has a maximum, too. With group="mass" query heads are
+      joined by the attention they are guessed to give, and a token is read that receives at least exp(-alpha) of it: where attention is
+      spread out, more is read than where it is not.
+      Columns are chosen for the products of queries and keys (columns="product"), and the queries are guessed with a `correction`.
 
     Attributes:
-      alpha: how far below the highest guessed logit a token may be (logits are scaled, so exp(-alpha) of the largest weight); the paper
-        takes 4 for OPT and 5 for Llama-2.
+      alpha: a token is read if its guessed share of attention, the mean over the query heads of its kv head, is over exp(-alpha). With the
+        other ways to join heads: how far below the highest guessed logit of the tokens not set aside it may be (logits are scaled, so
+        exp(-alpha) of their largest weight); the paper takes 4 for OPT and 5 for Llama-2.
       partial: columns of a head, as a fraction of its width.
       budget: tokens read at most, or that fraction of the tokens held; with the sinks and the recent, without the one being decoded.
       sinks: tokens at the start that are always read.
       recent: tokens before the one being decoded that are always read.
-      columns: which columns: the largest of |Q| + |K| summed over tokens (the paper), of |Q| alone (the artifact's speed code), or the
-        union of the largest of either (its accuracy code).
-      skew: turn queries and keys so that few columns matter; False takes them as they are, for comparison.
+      columns: which columns: those of the projections that lose least of the products; the largest of |Q| + |K| summed over tokens (the
+        paper), of |Q| alone (the artifact's speed code), or the union of the largest of either (its accuracy code).
+      skew: turn queries and keys so that few columns matter; False takes them as they are, for comparison. Without meaning for "product".
+      correction: whether the guessed queries are corrected for being made from the input of the layer before.
       count: whether every request counts for itself or, as in the artifact, one mean serves the whole batch.
-      group: how the query heads of a kv head are joined, which the paper, being about multi-head attention, leaves open.
+      group: how the query heads of a kv head are joined: by the attention they give, the one that wants most ("max"), or the mean of their
+        logits. The paper, being about multi-head attention, leaves it open.
       pool: tokens the pool holds, or that fraction of the prompt; None: no limit. Sinks and recent stay in it, within half of it.
       victim: what gives way when the pool is full: the token fetched least often, least recently, or the oldest.
       full_layers: layers at the bottom that read everything, because outliers only emerge behind them.
     """
 
-    alpha: float = 4.0
+    alpha: float = 8.0
     partial: float = 0.3
-    budget: Amount = 0.2
+    budget: Amount = 0.3
     sinks: int = 4
     recent: int = 16
-    columns: Columns = "sum"
+    columns: Columns = "product"
     skew: bool = True
-    correction: bool = False
+    correction: bool = True
     count: Count = "request"
-    group: GroupJoin = "max"
+    group: GroupJoin = "mass"
     pool: Amount | None = None
     victim: Victim = "counter"
     full_layers: int = dataclasses.field(default=2, metadata=dict(switch=True))
@@ -178,3 +186,18 @@ class InfiniGen(Policy):
             aside = self._set_aside(slots.position, slots.length, self.kept_tokens(slots.prompt_length))
             ranked = jnp.where(aside, SET_ASIDE * (1 + newer), ranked)
         return jnp.where(slots.position == slots.length - 1, PROTECTED, ranked)  # the newcomer takes the place of another
+
+
+@dataclasses.dataclass(frozen=True)
+class InfiniGenPaper(InfiniGen):
+    """The rule as published: no token is set aside, the threshold lies `alpha` below the highest guessed logit."""
+
+    alpha: float = 4.0
+    budget: Amount = 0.2
+    sinks: int = 0
+    recent: int = 0
+    columns: Columns = "sum"
+    correction: bool = False
+    group: GroupJoin = "max"
+
+    name = "infinigen_paper"
