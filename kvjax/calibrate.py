@@ -153,9 +153,9 @@ def calibrate(model: Model, tokens: Int[Array | np.ndarray, "B S"] | None = None
     rows = _checked(model, sample_tokens(model) if tokens is None else np.asarray(tokens))
     config = model.config
     found: dict[str, list[np.ndarray]] = {name: [] for name in _ARRAYS}
-    captured, inputs = _captured(model.decoder, model.params, jnp.asarray(rows), _capture(rows))
+    pairs, inputs = captured(model, rows)
     below = None
-    for layer, (q, k) in enumerate(captured):
+    for layer, (q, k) in enumerate(pairs):
         queries = _by_kv_head(np.asarray(q, np.float32), config.num_kv_heads)
         keys = _by_kv_head(np.asarray(k, np.float32), config.num_kv_heads)
         if not (np.isfinite(queries).all() and np.isfinite(keys).all()):
@@ -189,11 +189,15 @@ def _checked(model: Model, tokens: np.ndarray) -> Int[np.ndarray, "B S"]:
 
 def queries_and_keys(model: Model, tokens: Int[Array | np.ndarray, "B S"]) -> tuple[tuple[jax.Array, jax.Array], ...]:
     """Of every layer: q [B, S, H, D] and k [B, S, Hkv, D], as they meet in the product, in the model's dtype."""
-    return _captured(model.decoder, model.params, jnp.asarray(tokens), _capture(tokens))[0]
+    return captured(model, tokens)[0]
 
 
-def _capture(tokens: Int[Array | np.ndarray, "B S"]) -> Capture:
-    return Capture(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+def captured(
+    model: Model, tokens: Int[Array | np.ndarray, "B S"]
+) -> tuple[tuple[tuple[jax.Array, jax.Array], ...], list[Float[Array, "B S M"]]]:
+    """`queries_and_keys`, and the attention input of every layer (normalised, where norms come first)."""
+    step = Capture(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+    return _captured(model.decoder, model.params, jnp.asarray(tokens), step)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder",))

@@ -19,10 +19,9 @@ from kvjax.calibrate import (
     RANK,
     RIDGE,
     Calibration,
-    _capture,
-    _captured,
     _correction,
     calibrate,
+    captured,
     columns_kept,
     concentration,
     kept_columns,
@@ -309,7 +308,7 @@ def test_corrected_queries_are_closer_to_the_true_ones(name):
     """On the sample they were fitted to; layer 0 has none before it, and its correction does nothing."""
     found = case(name)
     assert np.abs(found.calibration.up[0] @ found.calibration.down[0]).max() < 1e-5
-    _, inputs = _captured(found.model.decoder, found.model.params, jnp.asarray(TOKENS), _capture(TOKENS))
+    _, inputs = captured(found.model, TOKENS)
     before, own = (np.asarray(x, np.float64).reshape(TOKENS.size, -1) for x in inputs[:2])
     weight = np.asarray(attention_of(found.model, 1)["q"]["weight"], np.float64)
     missed = (own - before) @ weight.T
