@@ -248,7 +248,9 @@ def test_projections_of_products_lose_least(name):
 def guessed(model: Model, layer: int, before: np.ndarray) -> np.ndarray:
     """Partial queries [Hkv, G, P] of `layer` for one token at position 0, where nothing is rotated, from the input of the layer before."""
     rotation = None if model.config.rope is None else rope_angles(model.config.rope, model.config.head_dim, jnp.zeros((1, 1), int))
-    return np.asarray(guess_queries(model.config, guide_of(model, layer - 1).following, jnp.asarray(before[None, None]), rotation)[0])
+    following = guide_of(model, layer - 1).following
+    assert following is not None
+    return np.asarray(guess_queries(model.config, following, jnp.asarray(before[None, None]), rotation)[0])
 
 
 @pytest.mark.parametrize("columns", ["sum", "product"])

@@ -234,8 +234,8 @@ def draw(records: list[dict[str, Any]], path: pathlib.Path) -> None:
     for number, (family, _) in enumerate(FRONTIER):
         points = sorted((r["read"], r["kld_mean"]) for r in records if r["part"] == "frontier" and r["family"] == family)
         if points:
-            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": "-" if number < len(COLOURS) else "--"}
-            axes.plot(*zip(*points, strict=True), marker="o", label=family, **style)
+            line = "-" if number < len(COLOURS) else "--"
+            axes.plot(*zip(*points, strict=True), marker="o", label=family, color=COLOURS[number % len(COLOURS)], linestyle=line)
     axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize=8)
     figure.savefig(path)

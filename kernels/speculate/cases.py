@@ -115,7 +115,8 @@ def verify(case: Case, rng: np.random.Generator, implementation: Name, function=
     """Raises AssertionError where an implementation differs from the loop."""
     arguments = problem(case, rng)
     found = call(case, arguments, implementation, function)
-    want: Any = reference.speculate(*arguments, case.alpha, case.limit, case.join)
+    loop: Any = reference.speculate
+    want = loop(*arguments, case.alpha, case.limit, case.join)
     if case.join == "mass":
         verify_masses(case, arguments, found, want)
         return
