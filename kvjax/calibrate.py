@@ -158,14 +158,15 @@ def calibrate(model: Model, tokens: Int[Array | np.ndarray, "B S"] | None = None
     rows = _checked(model, sample_tokens(model) if tokens is None else np.asarray(tokens))
     config = model.config
     found: dict[str, list[np.ndarray]] = {name: [] for name in _ARRAYS}
+    pairs, inputs = captured(model, rows)
     below = None
-    for layer, (q, k, x) in enumerate(captured(model, rows)):
+    for layer, (q, k) in enumerate(pairs):
         queries = _by_kv_head(np.asarray(q, np.float32), config.num_kv_heads)
         keys = _by_kv_head(np.asarray(k, np.float32), config.num_kv_heads)
         if not (np.isfinite(queries).all() and np.isfinite(keys).all()):
             raise ModelError(f"model {config.name}: queries or keys of layer {layer} are not finite in {model.dtype}; try another dtype")
         skew = _skew(queries)
-        own = np.asarray(x, np.float32).reshape(rows.size, -1)
+        own = np.asarray(inputs[layer], np.float32).reshape(rows.size, -1)
         weight = np.asarray(model.params["params"][f"layer_{layer}"]["attention"]["q"]["weight"], np.float32)
         correction = _correction(own if below is None else below, own, weight)
         below = own
@@ -195,22 +196,23 @@ def _checked(model: Model, tokens: np.ndarray) -> Int[np.ndarray, "B S"]:
 
 def queries_and_keys(model: Model, tokens: Int[Array | np.ndarray, "B S"]) -> tuple[tuple[jax.Array, jax.Array], ...]:
     """Of every layer: q [B, S, H, D] and k [B, S, Hkv, D], as they meet in the product, in the model's dtype."""
-    return tuple((q, k) for q, k, _ in captured(model, tokens))
+    return captured(model, tokens)[0]
 
 
 def captured(
     model: Model, tokens: Int[Array | np.ndarray, "B S"]
-) -> list[tuple[Float[Array, "B S H D"], Float[Array, "B S Hkv D"], Float[Array, "B S M"]]]:
-    """Of every layer: queries and keys as they meet in the product, and the attention's input. One layer is one program."""
+) -> tuple[tuple[tuple[jax.Array, jax.Array], ...], list[Float[Array, "B S M"]]]:
+    """`queries_and_keys`, and the attention input of every layer (normalised, where norms come first). One layer is one program."""
     decoder = model.decoder
     rows: Any = jax.device_put(np.asarray(tokens, np.int32), model.placement)
     step = Capture(jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape))
     x, rotation = embed(decoder, model.params, rows, Captured(), step)
-    layers = []
+    pairs, inputs = [], []
     for i in range(model.config.num_layers):
-        x, layer = _captured_layer(decoder, layer_variables(model.params, i), x, rotation, step)
-        layers.append(layer)
-    return layers
+        x, (q, k, own) = _captured_layer(decoder, layer_variables(model.params, i), x, rotation, step)
+        pairs.append((q, k))
+        inputs.append(own)
+    return tuple(pairs), inputs
 
 
 @functools.partial(jax.jit, static_argnames=("decoder",))

@@ -19,10 +19,9 @@ from kvjax.calibrate import (
     RANK,
     RIDGE,
     Calibration,
-    _capture,
-    _captured,
     _correction,
     calibrate,
+    captured,
     columns_kept,
     concentration,
     kept_columns,
@@ -249,7 +248,9 @@ def test_projections_of_products_lose_least(name):
 def guessed(model: Model, layer: int, before: np.ndarray) -> np.ndarray:
     """Partial queries [Hkv, G, P] of `layer` for one token at position 0, where nothing is rotated, from the input of the layer before."""
     rotation = None if model.config.rope is None else rope_angles(model.config.rope, model.config.head_dim, jnp.zeros((1, 1), int))
-    return np.asarray(guess_queries(model.config, guide_of(model, layer - 1).following, jnp.asarray(before[None, None]), rotation)[0])
+    following = guide_of(model, layer - 1).following
+    assert following is not None
+    return np.asarray(guess_queries(model.config, following, jnp.asarray(before[None, None]), rotation)[0])
 
 
 @pytest.mark.parametrize("columns", ["sum", "product"])
@@ -309,7 +310,7 @@ def test_corrected_queries_are_closer_to_the_true_ones(name):
     """On the sample they were fitted to; layer 0 has none before it, and its correction does nothing."""
     found = case(name)
     assert np.abs(found.calibration.up[0] @ found.calibration.down[0]).max() < 1e-5
-    _, inputs = _captured(found.model.decoder, found.model.params, jnp.asarray(TOKENS), _capture(TOKENS))
+    _, inputs = captured(found.model, TOKENS)
     before, own = (np.asarray(x, np.float64).reshape(TOKENS.size, -1) for x in inputs[:2])
     weight = np.asarray(attention_of(found.model, 1)["q"]["weight"], np.float64)
     missed = (own - before) @ weight.T

@@ -41,7 +41,7 @@ def test_seeds_of_rows():
             checks.seeds(seeds, 3)
 
 
-@pytest.mark.parametrize("ids", [[], [[1, 2], [3]], [[1, 2]], [1.0], ["a"], [10**30], [-1], 3, None, object(), {1: 2}], ids=repr)
+@pytest.mark.parametrize("ids", [[], [[1, 2], [3]], [[1, 2]], [1.0], ["a"], [10**30], [-1], 3, None, {1: 2}], ids=repr)
 def test_a_prompt_is_a_flat_list_of_ids(ids):
     with pytest.raises(InputError, match="prompt"):
         checks.token_ids("prompt", ids)

@@ -9,8 +9,8 @@ the queries of layer i + 1. Their products with few columns of the keys, chosen 
 A guide is data beside the parameters, in the Flax collection "guide": the attention module of layer i finds its own as
 `self.get_variable("guide", "guide")`. kvjax.calibrate makes them.
 
-Dims as in ModelConfig; r rank of a correction; P partial columns of a head, the same number in every layer and head; O rows of a query
-weight.
+Dims as in ModelConfig; P partial columns of a head, the same number in every layer and head; O rows of a query weight; r rank of a
+correction.
 """
 
 import dataclasses

@@ -97,7 +97,7 @@ class Forced:
         """Batch by batch, all that comes behind the prompt."""
         model = self.guided(strategy)
         for (_, rows, _), (first, kv) in zip(self._batches(), self._prefilled(model, strategy), strict=True):
-            following, kv, found = _fed(model, strategy, kv, rows[:, self.start :])
+            following, kv, found = fed_forced(model, strategy, kv, rows[:, self.start :])
             yield Fed(jnp.concatenate([first[:, None], following[:, :-1]], axis=1), kv, found)
 
     def _prefilled(self, model: Model, strategy: Strategy) -> list[tuple[jax.Array, KVState]]:
@@ -144,7 +144,7 @@ def _prompt_twin(strategy: Strategy) -> Strategy:
     return Strategy(policy, strategy.store)
 
 
-def _fed(model: Model, strategy: Strategy, kv: KVState, tokens: Int[np.ndarray, "B T"]):
+def fed_forced(model: Model, strategy: Strategy, kv: KVState, tokens: Int[np.ndarray, "B T"]):
     """The tokens one by one, whatever is predicted; `kv` stays as it is.
 
     Returns the logits after each, the state, and what the audit of the guesses says: by layer and measure, [T, B].
