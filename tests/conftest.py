@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import tempfile
 
 # Programs compiled once serve all processes of a run: those of pytest, which inherit this from the first, and those that tests start.
@@ -64,6 +65,13 @@ OPT = dataclasses.replace(
 
 def random_model(config: ModelConfig, tokenizer=None) -> Model:
     return Model(config, parameters.random(config), tokenizer)
+
+
+def pytest_configure() -> None:
+    """Heeds interrupts, which a shell makes its background jobs ignore: some tests send them, here and to programs they start."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            signal.signal(signum, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items) -> None:

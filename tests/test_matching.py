@@ -9,7 +9,7 @@ import pytest
 import kvjax
 from kvjax.cache import CacheShape, Strategy, ledger, parse_strategy
 from kvjax.calibrate import calibrate, calibrated
-from kvjax.generation import cache_shape, generate
+from kvjax.generation import cache_shape
 from kvjax.matching import MatchError, Sizes, cost, largest_batch, least_knob, match
 
 SHAPE = CacheShape(num_layers=3, num_kv_heads=2, group_size=2, head_dim=16, dtype=np.dtype("float32"))
@@ -26,7 +26,8 @@ def spent(byte_model):
 
     def run(strategy):
         model = calibrated(byte_model, strategy, calibration)
-        return generate(model, prompts, strategy=strategy, max_new_tokens=5, stop_tokens=(), steps_per_call=1).ledger
+        *_, last = kvjax.stream(model, prompts, strategy=strategy, max_new_tokens=5, stop_tokens=())
+        return ledger(strategy, last.state)
 
     return run, Sizes(cache_shape(byte_model), 2, 40, 5)
 

@@ -13,6 +13,7 @@ import filelock
 import pytest
 
 from kvjax import cli
+from kvjax.command import answered
 from kvjax.errors import ModelError
 from kvjax.models import public
 from kvjax.models.source import Source
@@ -207,9 +208,10 @@ def test_two_at_once(world, tmp_path, monkeypatch):
 
 def kvjax(monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["kvjax", *arguments])
-    monkeypatch.setattr(cli, "prepare", lambda: None)  # the signals of this process are pytest's
+    monkeypatch.setattr(cli, "end_well", lambda program: program())  # the signals of this process are pytest's
     try:
-        cli.main()
+        with answered():
+            cli.main()
     except SystemExit as error:
         return int(error.code or 0)
     return 0
