@@ -100,7 +100,7 @@ def layers(model: Model, calibration: Calibration, rows: Int[np.ndarray, "R S"],
             plain = jnp.asarray(below @ weight.T).reshape(len(rows), steps, config.num_heads, config.head_dim)  # noqa: B023
             return np.asarray(plain if rotation is None else rotate(plain, rotation)).reshape(groups)
 
-        truth = product(q[:, -steps:].reshape(groups), keys)
+        truth = product(q[:, -steps:].reshape(groups), keys) * np.float32(config.head_dim**-0.5)
         truth[np.broadcast_to(np.arange(rows.shape[1]) > at[:, None, None, None], truth.shape)] = -np.inf
         queries = {"below": turned(weight), "corrected": turned(weight + calibration.up[index] @ calibration.down[index])}
         kept = kept_columns(calibration, partial)[index][:, None]
