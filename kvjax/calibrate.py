@@ -56,7 +56,7 @@ FLAGS = flags.FLAGS
 SAMPLE_TOKENS, SAMPLE_ROW = 2048, 1024
 PARTIAL = 0.3
 RANK = 16
-"""Of a correction: of 576 x 576 products it takes 16 to win back nearly all that the whole map does (BUILD_NOTES.md)."""
+"""Of a correction: few directions of the input tell nearly all that is missing (BUILD_NOTES.md)."""
 
 RIDGE = 1e-2
 """Of a correction, over the mean square of an input's dims: enough for samples little longer than an input is wide."""

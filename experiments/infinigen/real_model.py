@@ -74,7 +74,8 @@ class Layer:
 
     Attributes:
       truth: true logits, scaled; -inf for what comes after the query.
-      queries: guessed queries [R, T, Hkv, G, D], as they meet the keys: made from the input below, and corrected.
+      queries: guessed queries [R, T, Hkv, G, D], as they meet the keys: made from the input below, corrected, or the layer's own of the
+        token before.
       keys: of all tokens.
       projections: by rule, the columns of queries and of keys [Hkv, D, P].
     """
@@ -100,9 +101,10 @@ def layers(model: Model, calibration: Calibration, rows: Int[np.ndarray, "R S"],
             plain = jnp.asarray(below @ weight.T).reshape(len(rows), steps, config.num_heads, config.head_dim)  # noqa: B023
             return np.asarray(plain if rotation is None else rotate(plain, rotation)).reshape(groups)
 
-        truth = product(q[:, -steps:].reshape(groups), keys)
+        truth = product(q[:, -steps:].reshape(groups), keys) * np.float32(config.head_dim**-0.5)
         truth[np.broadcast_to(np.arange(rows.shape[1]) > at[:, None, None, None], truth.shape)] = -np.inf
         queries = {"below": turned(weight), "corrected": turned(weight + calibration.up[index] @ calibration.down[index])}
+        queries["last"] = q[:, -steps - 1 : -1].reshape(groups)
         kept = kept_columns(calibration, partial)[index][:, None]
         published = np.take_along_axis(calibration.skew[index], kept, axis=-1)
         few = published.shape[-1]
@@ -144,10 +146,18 @@ WAYS: dict[str, tuple[str, str, str, tuple[int, int]]] = {
     "+ correction": ("corrected", "skew", "mass", (4, 16)),
     "+ product": ("corrected", "product", "mass", (4, 16)),
     "all columns": ("corrected", "all", "mass", (4, 16)),
+    "all columns, 8 bits": ("corrected", "8 bits", "mass", (4, 16)),
+    "all columns, own queries of the last step": ("last", "all", "mass", (4, 16)),
     "true queries": ("true", "all", "mass", (4, 16)),
     "exact top k": ("true", "all", "mass", (0, 0)),
 }
-"""Name -> queries, columns, how heads are joined, what is set aside. Every line changes one thing."""
+"""Name -> queries, columns, how heads are joined, what is set aside. Up to "all columns" every line changes one thing."""
+
+
+def rounded(keys: Float[np.ndarray, "R S Hkv D"], steps: int = 127) -> Float[np.ndarray, "R S Hkv D"]:
+    """Keys in `steps` steps either way of the largest of their column, but for the first tokens, which are cut to it."""
+    largest = np.abs(keys[:, 4:]).max((0, 1))
+    return np.clip(np.round(keys / largest * steps), -steps, steps) * (largest / steps)
 
 
 def missed(layer: Layer, at: Int[np.ndarray, " T"], tokens: int) -> dict[str, float]:
@@ -158,8 +168,8 @@ def missed(layer: Layer, at: Int[np.ndarray, " T"], tokens: int) -> dict[str, fl
     for name, (queries, columns, join, aside) in WAYS.items():
         if queries == "true":
             logits = layer.truth
-        elif columns == "all":
-            logits = product(layer.queries[queries], layer.keys)
+        elif columns in ("all", "8 bits"):
+            logits = product(layer.queries[queries], layer.keys if columns == "all" else rounded(layer.keys))
         else:
             of_queries, of_keys = layer.projections[columns]
             projected = np.einsum("rtngd,ndp->rtngp", layer.queries[queries], of_queries, optimize=True)
