@@ -25,6 +25,7 @@ import numpy as np
 from absl import app, flags, logging
 from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from experiments.infinigen.study import COLOURS
 from kvjax.cache import Full, HostStore, ledger, parse_strategy
@@ -246,8 +247,10 @@ def draw(records: list[dict[str, Any]], path: pathlib.Path) -> None:
         if points:
             line = "-" if number < len(COLOURS) else "--"
             axes.plot(*zip(*points, strict=True), marker="o", label=family, color=COLOURS[number % len(COLOURS)], linestyle=line)
+    axes.set_xticks([50, 100, 200, 400], ["50", "100", "200", "400"])
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(which="both", alpha=0.25)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, handlelength=3.5)
     figure.savefig(path)
 
 
