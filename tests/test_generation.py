@@ -298,9 +298,7 @@ def test_plan_is_checked(plan, message):
 
 
 def test_unknown_strategy(byte_model):
-    with pytest.raises(
-        SpecError, match="unknown strategy 'h3o'; choose from full, streaming, h2o, infinigen, infinigen_paper"
-    ):
+    with pytest.raises(SpecError, match="unknown strategy 'h3o'; choose from full, streaming, h2o, infinigen, infinigen_paper"):
         generate(byte_model, [[1]], strategy="h3o")
 
 

@@ -20,6 +20,7 @@ from kvjax.engine.engine import Engine, RequestRefused
 from kvjax.engine.memory import parse_memory
 from kvjax.engine.scheduler import Status
 from kvjax.models import Model
+from kvjax.runtime import forward
 
 POLICIES = [
     "full",
@@ -668,22 +669,31 @@ def test_options_are_checked(model, options, message):
 # -------------------------------------------------------------------------------------------------------------- compiled once, and watched
 
 
+def compiled_sizes() -> dict[str, int]:
+    """How many programs every function of an engine has compiled, with layers unrolled and by calls."""
+    names = ("_unrolled_decode", "_unrolled_chunk", "_before_decode", "_after_decode", "_before_chunk", "settle_layer", "begin", "copy")
+    functions = {name: getattr(programs, name) for name in names} | {name: getattr(forward, name) for name in ("_embed", "_block", "_head")}
+    return {name: function._cache_size() for name, function in functions.items()}
+
+
+@pytest.mark.parametrize("stringing", ["unroll", "calls"])
 @pytest.mark.parametrize(
     ("spec", "max_num_seqs", "chunk", "buckets", "sampling"),
     [("full", 2, 32, 2, Sampling()), ("h2o(heavy=8,recent=8,decode=False)", 2, 16, 2, HOT)],
 )
-def test_nothing_is_compiled_under_load(monkeypatch, model, prompts, spec, max_num_seqs, chunk, buckets, sampling):
+def test_nothing_is_compiled_under_load(monkeypatch, model, prompts, spec, max_num_seqs, chunk, buckets, sampling, stringing):
     """Growing, preemption, forks of rows with more pages than are copied at once: all of it runs what `warm_up` has compiled."""
     monkeypatch.undo()
     compiled = []
     listen = lambda event, duration, **_: event.endswith("backend_compile_duration") and compiled.append(event)  # noqa: E731
+    model = dataclasses.replace(model, stringing=stringing)
     engine = make(model, spec, extents=1, max_num_seqs=max_num_seqs, prefill_chunk=chunk, sampling=sampling, kv_memory="390KiB")
-    before = programs.decode._cache_size()
+    decode, before = "_unrolled_decode" if stringing == "unroll" else "_after_decode", compiled_sizes()
     told: list[str] = []
     calls = engine.warm_up(progress=told.append)
-    assert programs.decode._cache_size() - before == buckets == sum(what.startswith("decode") for what in told)
+    sizes = compiled_sizes()
+    assert sizes[decode] - before[decode] == buckets == sum(what.startswith("decode") for what in told)
     assert calls == len(told) + 2 + 2 * (engine._staging is not None)
-    sizes = [f._cache_size() for f in (programs.decode, programs.prefill, programs.stage, programs.settle, programs.begin, programs.copy)]
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         requests = {
@@ -694,9 +704,7 @@ def test_nothing_is_compiled_under_load(monkeypatch, model, prompts, spec, max_n
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert compiled == []
-    assert sizes == [
-        f._cache_size() for f in (programs.decode, programs.prefill, programs.stage, programs.settle, programs.begin, programs.copy)
-    ]
+    assert sizes == compiled_sizes()
 
 
 def test_sample_tells_the_state(model, prompts):
