@@ -101,9 +101,9 @@ class TestColumnMass:
     def test_is_the_score_of_a_prompt(self, rng):
         """What H2O's policy adds up over the blocks of the library's own prompt attention."""
         given = problem(Case(counts=(150, 40), dtype="float32"), rng)
-        library = jax.jit(partial(prompt_attention, group_mass=partial(Policy.group_mass, None), block=64))
+        library = jax.jit(partial(prompt_attention, rules=(partial(Policy.group_mass, None),), block=64))
         q, k, v = (np.nan_to_num(x) for x in (given.q, given.k, given.v))
-        _, want = library(q, k, v, given.counts)
+        _, (want,) = library(q, k, v, given.counts)
         _, lse = call(prefill_attention, "xla", given.q, given.k, given.v, given.start, given.count)
         mass = call(column_mass, "xla", given.q, given.k, lse, given.start, given.count)
         np.testing.assert_allclose(mass, want, atol=MASS_TOLERANCE, rtol=MASS_TOLERANCE)
