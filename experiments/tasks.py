@@ -1,7 +1,7 @@
 """Tasks on a real model: what the full cache can do at each length, and what strategies lose where it can.
 
     python -m experiments.tasks --part=gate
-    python -m experiments.tasks --part=strategies --infinigen="infinigen(alpha=4,partial=0.3,budget=0.2)"
+    python -m experiments.tasks --part=strategies --infinigen=infinigen
     python -m experiments.tasks --part=report
 
 A block is a few prompts of one task, length and way of asking, with a seed of their own; all strategies answer it from

@@ -19,7 +19,7 @@ A strategy is a name, or a name with arguments. An int is tokens, a float is a f
     oracle_topk(k=0.2)                keeps all, reads the exact top k: the upper bound
     h2o+paged                         any of them in the paged store; or --store=paged for all that name none
     offload                           everything in host memory, fetched whole layer by layer: full+host
-    infinigen(alpha=8,budget=0.3)     everything in host memory; guesses one layer ahead which tokens matter and fetches those
+    infinigen(alpha=8,budget=0.2)     everything in host memory; guesses one layer ahead which tokens matter and fetches those
     infinigen_paper(alpha=4)          the rule as published
 
 The default model ships with kvjax. Its prompts state facts, put Python source between them and ask for the facts afterwards, so the table

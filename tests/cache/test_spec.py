@@ -55,15 +55,15 @@ def test_meaning_and_round_trip(spec, policy):
         (H2O(8, 8, group="max"), "h2o(heavy=8,recent=8,group=max)"),
         (Streaming(), "streaming(sinks=4,window=0.2)"),
         (OracleTopK(16), "oracle_topk(k=16)"),
-        (InfiniGen(), "infinigen(alpha=8.0,partial=0.3,budget=0.3,sinks=4,recent=16)"),
+        (InfiniGen(), "infinigen(alpha=8.0,partial=0.5,budget=0.2,sinks=4,recent=16)"),
         (InfiniGenPaper(), "infinigen_paper(alpha=4.0,partial=0.3,budget=0.2,sinks=0,recent=0)"),
         (InfiniGenPaper(alpha=5.0, group="mass"), "infinigen_paper(alpha=5.0,partial=0.3,budget=0.2,sinks=0,recent=0,group=mass)"),
         (InfiniGen(5, 0.2, 400, victim="lru"), "infinigen(alpha=5,partial=0.2,budget=400,sinks=4,recent=16,victim=lru)"),
         (
             InfiniGen(alpha=math.inf, sinks=0, recent=0, skew=False, full_layers=0),
-            "infinigen(alpha=inf,partial=0.3,budget=0.3,sinks=0,recent=0,skew=False,full_layers=0)",
+            "infinigen(alpha=inf,partial=0.5,budget=0.2,sinks=0,recent=0,skew=False,full_layers=0)",
         ),
-        (InfiniGen(pool=0.8, count="batch"), "infinigen(alpha=8.0,partial=0.3,budget=0.3,sinks=4,recent=16,count=batch,pool=0.8)"),
+        (InfiniGen(pool=0.8, count="batch"), "infinigen(alpha=8.0,partial=0.5,budget=0.2,sinks=4,recent=16,count=batch,pool=0.8)"),
     ],
 )
 def test_description_shows_numbers_always_and_switches_when_changed(policy, text):

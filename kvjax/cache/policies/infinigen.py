@@ -62,8 +62,8 @@ class InfiniGen(Policy):
     """
 
     alpha: float = 8.0
-    partial: float = 0.3
-    budget: Amount = 0.3
+    partial: float = 0.5
+    budget: Amount = 0.2
     sinks: int = 4
     recent: int = 16
     columns: Columns = "product"
@@ -193,6 +193,7 @@ class InfiniGenPaper(InfiniGen):
     """The rule as published: no token is set aside, the threshold lies `alpha` below the highest guessed logit."""
 
     alpha: float = 4.0
+    partial: float = 0.3
     budget: Amount = 0.2
     sinks: int = 0
     recent: int = 0
