@@ -33,7 +33,7 @@ def rows(records: Sequence[Sequence[Record]]) -> list[tuple[str, list[str]]]:
 def _fed(where: str, several: Sequence[Record]) -> list[tuple[str, list[str]]]:
     return [
         (f"{where}: perplexity", [f"{record['task_perplexity']:.2f}" for record in several]),
-        ("  KLD mean (nats)", [f"{record['fidelity_kld_mean']:.4f}" for record in several]),
+        ("  KLD mean (nats)", [f"{max(record['fidelity_kld_mean'], 0.0):.4f}" for record in several]),
         ("  same top token (%)", [f"{100 * record['fidelity_same_top1']:.1f}" for record in several]),
     ]
 
