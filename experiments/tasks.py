@@ -348,7 +348,7 @@ def plot(pooled: dict[Key, Pool]) -> Figure | None:
             axis.bar(places, means, 0.8 / len(names), yerr=[lows, highs], label=name, error_kw={"linewidth": 0.8})
         axis.set_xticks(range(len(tasks)), tasks, fontsize=8)
         axis.set(ylim=(0, 105), ylabel="score (%)", title=f"{length} tokens, the question {query} compression")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(names)), fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(2, len(names)), fontsize=8)
     return figure
 
 
