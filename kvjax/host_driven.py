@@ -20,6 +20,7 @@ from kvjax.cache import Decode, HostStore, KVState, LayerState, Strategy
 from kvjax.cache.stores.host import HostLayer, Staged
 from kvjax.models import Decoder, Model
 from kvjax.models.decoder import Block, Normalise, guess_queries
+from kvjax.runtime.forward import embed, head, layer_variables
 
 
 def is_driven(strategy: Strategy) -> bool:
@@ -31,10 +32,8 @@ def decode(model: Model, strategy: Strategy, kv: KVState, token: Int[Array, " B"
     """One decode step. Takes `kv` over, as a donated argument would be. Returns logits [B, 1, V] and the new state."""
     store, decoder = strategy.store, model.decoder
     assert isinstance(store, HostStore)
-    params, guides = model.params["params"], model.params.get("guide", {})
-    step = Decode(active, strategy)
-    ends = {name: value for name, value in params.items() if not name.startswith("layer_")}
-    x, rotation = _embed(decoder, ends, token, kv, step)
+    step, frame = Decode(active, strategy), kv.over(())
+    x, rotation = embed(decoder, model.params, token[:, None], frame, step)
     pools = [_pool(layer.store) for layer in kv.layers]
     length = np.where(np.asarray(active), np.minimum(np.asarray(kv.length), pools[0][0].shape[2]), 0)
     ahead = _fetch(store, pools[0], None, length)
@@ -42,7 +41,7 @@ def decode(model: Model, strategy: Strategy, kv: KVState, token: Int[Array, " B"
     chosen: Any = None
     for i, layer in enumerate(kv.layers):
         fetched, speculated, following, chosen = ahead, chosen is not None, i + 1, None
-        weights = {"params": params[f"layer_{i}"]} | ({"guide": guides[f"layer_{i}"]} if guides else {})
+        weights = layer_variables(model.params, i)
         if following < len(kv.layers) and strategy.policy.speculates and following >= strategy.policy.full_layers:
             chosen = _look_ahead(decoder, strategy, weights, x, rotation, _without_pool(kv.layers[following]), kv.length, active)
         own = _without_pool(layer)
@@ -50,14 +49,14 @@ def decode(model: Model, strategy: Strategy, kv: KVState, token: Int[Array, " B"
         if following < len(kv.layers):
             ahead = _fetch(store, pools[following], chosen, length)
         layers.append(new)
-    logits, grown = _head(decoder, ends, x, kv.length, step)
+    logits, after = head(decoder, model.params, x, frame, step, 1)
     for pool, new in zip(pools, layers, strict=True):
         _append(pool, new.store.outgoing, active)
     kept = tuple(
         dataclasses.replace(new, store=dataclasses.replace(new.store, k=k, v=v, outgoing=None))
         for (k, v), new in zip(pools, layers, strict=True)
     )
-    return logits, KVState(kept, grown, kv.prompt_length)
+    return logits, after.over(kept)
 
 
 def _pool(layer: HostLayer) -> tuple[np.ndarray, np.ndarray]:
@@ -105,19 +104,6 @@ def _append(pool, outgoing: Staged, active: Bool[Array, " B"]) -> None:
     inside = np.minimum(slot, pool[0].shape[2] - 1)
     for target, new in zip(pool, (k, v), strict=True):
         target[rows[:, None], heads, inside[rows]] = new[rows]
-
-
-@partial(jax.jit, static_argnums=0)
-def _embed(decoder: Decoder, params, token: Int[Array, " B"], kv: KVState, step: Decode):
-    part: Any = dataclasses.replace(decoder, part="embed")
-    return part.apply({"params": params}, token[:, None], KVState((), kv.length, kv.prompt_length), step)
-
-
-@partial(jax.jit, static_argnums=0)
-def _head(decoder: Decoder, params, x: Float[Array, "B 1 M"], length: Int[Array, " B"], step: Decode):
-    part: Any = dataclasses.replace(decoder, part="head")
-    logits, _ = part.apply({"params": params}, x, None, step)
-    return logits, length + step.active
 
 
 @partial(jax.jit, static_argnums=(0, 1))

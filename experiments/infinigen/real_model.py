@@ -291,6 +291,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output_dir", "experiments/results/infinigen_real", "Where records, figure and tables go.")
     flags.DEFINE_list("part", list(PARTS), f"Of {', '.join(PARTS)}.")
     flags.DEFINE_integer("rows", 4, "Rows of text.", lower_bound=1)
+    flags.DEFINE_integer("skip_rows", 0, "Rows of the text that are left out before them.", lower_bound=0)
     flags.DEFINE_integer("input_len", 1024, "Tokens of a prompt.", lower_bound=64)
     flags.DEFINE_integer("output_len", 48, "Tokens behind it.", lower_bound=1)
     flags.DEFINE_integer("tokens", 204, "Tokens read, in the part `layers`.", lower_bound=32)
@@ -307,7 +308,7 @@ def run(say: Callable[[str], None] = print) -> None:
     path = directory / "records.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     model = load_model(FLAGS.model)
-    rows = text_rows(model, FLAGS.rows, FLAGS.input_len + FLAGS.output_len, FLAGS.text)
+    rows = text_rows(model, FLAGS.skip_rows + FLAGS.rows, FLAGS.input_len + FLAGS.output_len, FLAGS.text)[FLAGS.skip_rows :]
     about = {"model": model.config.name, "rows": len(rows), "input_len": FLAGS.input_len, "output_len": FLAGS.output_len}
     if other := [r for r in records if {name: r.get(name) for name in about} != about]:
         raise InputError(f"{path} holds results of { ({name: other[0].get(name) for name in about}) }; give another --output_dir")

@@ -46,9 +46,27 @@ class Forward:
         return kv
 
 
+class _Prompt:
+    """What all ways to put a prompt in have in common. Logits come for each row's last valid token only."""
+
+    num_valid: Int[Array, " B"]
+
+    def positions(self, kv: KVState, num_tokens: int) -> Int[Array, "B S"]:
+        return kv.length[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
+
+    def look_ahead(self, layer: int, queries, kv: KVState) -> KVState:
+        return kv
+
+    def hidden(self, x: Float[Array, "B S M"]) -> Float[Array, "B 1 M"]:
+        return jnp.take_along_axis(x, jnp.maximum(self.num_valid - 1, 0)[:, None, None], axis=1)
+
+    def finish(self, kv: KVState, num_tokens: int) -> KVState:
+        return dataclasses.replace(kv, length=kv.length + self.num_valid)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prefill:
+class Prefill(_Prompt):
     """A prompt, or the next chunk of it, right-padded. Logits come for each row's last valid token only.
 
     Attributes:
@@ -63,28 +81,16 @@ class Prefill:
     first: bool = dataclasses.field(default=True, metadata=dict(static=True))
     context: int | None = dataclasses.field(default=None, metadata=dict(static=True))
 
-    def positions(self, kv: KVState, num_tokens: int) -> Int[Array, "B S"]:
-        return kv.length[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
-
-    def look_ahead(self, layer: int, queries, kv: KVState) -> KVState:
-        return kv
-
     def attend(self, layer, q, k, v, kv: KVState, guide=None):
         valid = jnp.arange(q.shape[1]) < self.num_valid[:, None]
         with jax.named_scope("prefill"):
             out, state = self.strategy.prefill(kv.layer(layer), q, k, v, kv, valid, self.first, self.context, guide)
         return out, kv.with_layer(layer, state)
 
-    def hidden(self, x: Float[Array, "B S M"]) -> Float[Array, "B 1 M"]:
-        return last_valid(x, self.num_valid)
-
-    def finish(self, kv: KVState, num_tokens: int) -> KVState:
-        return dataclasses.replace(kv, length=kv.length + self.num_valid)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class Stage(_Prompt):
     """A whole prompt, right-padded, for several strategies at once (kvjax.cache.strategy.stage_for).
 
     Attributes:
@@ -95,28 +101,11 @@ class Stage:
     num_valid: Int[Array, " B"]
     strategies: tuple[Strategy, ...] = dataclasses.field(metadata=dict(static=True))
 
-    def positions(self, kv: KVState, num_tokens: int) -> Int[Array, "B S"]:
-        return kv.length[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
-
-    def look_ahead(self, layer: int, queries, kv: KVState) -> KVState:
-        return kv
-
     def attend(self, layer, q, k, v, kv: KVState, guide=None):
         valid = jnp.arange(q.shape[1]) < self.num_valid[:, None]
         with jax.named_scope("prefill"):
             out, state = prefill_for(self.strategies, kv.layer(layer), q, k, v, kv, valid)
         return out, kv.with_layer(layer, state)
-
-    def hidden(self, x: Float[Array, "B S M"]) -> Float[Array, "B 1 M"]:
-        return last_valid(x, self.num_valid)
-
-    def finish(self, kv: KVState, num_tokens: int) -> KVState:
-        return dataclasses.replace(kv, length=kv.length + self.num_valid)
-
-
-def last_valid(x: Float[Array, "B S M"], num_valid: Int[Array, " B"]) -> Float[Array, "B 1 M"]:
-    """Every row's last valid position."""
-    return jnp.take_along_axis(x, jnp.maximum(num_valid - 1, 0)[:, None, None], axis=1)
 
 
 @jax.tree_util.register_dataclass

@@ -35,7 +35,7 @@ from kvjax.engine.memory import Budget, machine_memory, parse_memory, serving_st
 from kvjax.engine.metrics import Sample
 from kvjax.engine.scheduler import Chunk, Limits, Need, Scheduler, Sequence, Status
 from kvjax.errors import InputError, MemoryLimitError, SpecError
-from kvjax.generation import as_strategy, cache_shape, encode
+from kvjax.generation import as_strategy, cache_shape, encode, placed
 from kvjax.interrupts import held
 from kvjax.models import Model
 from kvjax.sampling import Sampling
@@ -166,10 +166,10 @@ class Engine:
         self.scheduler = Scheduler(need, self.limits, blocks)
         contained = programs.Contained(serving.policy, serving.store)
         self.programs = programs.Programs(model.decoder, contained, sampling, self.budget.num_pages)
-        self._device = device = jax.tree.leaves(model.params["params"])[0].sharding  # as results have it: another would compile anew
+        self._device = model.placement  # as results have it: another would compile anew
         layers = programs.allocate(serving, shape, self.budget.num_pages, self.budget.rows, need.capacity)
-        staging = serving.stage(shape, [0], staged_slots(longest)).layers if need.stages else None
-        layers, self._staging, self._tokens = _on(device, (layers, staging, jnp.zeros(self.budget.rows, jnp.int32)))
+        staging: Any = serving.stage(shape, [0], staged_slots(longest)).layers if need.stages else None
+        layers, self._staging, self._tokens = placed(model, (layers, staging, jnp.zeros(self.budget.rows, jnp.int32)))
         self._layers: programs.Layers = layers
         self._seeds = np.zeros(self.budget.rows, np.int32)
         self._prompts = np.zeros(self.budget.rows, np.int32)
@@ -531,16 +531,6 @@ class Engine:
 
     def _contexts(self, longest: int) -> list[int]:
         return [0] if not self._bounds_context else _buckets(min(SMALLEST_CONTEXT, self._context(longest)), self._context(longest))
-
-
-def _on(device: Any, tree: Any) -> Any:
-    """The arrays on that device, those in host memory in its host memory."""
-
-    def place(x):
-        in_host_memory = jax.typeof(x).memory_space == jax.memory.Space.Host
-        return jax.device_put(x, device.with_memory_kind(x.sharding.memory_kind) if in_host_memory else device)
-
-    return jax.tree.map(place, tree)
 
 
 def _bucket(count: int, smallest: int, largest: int) -> int:

@@ -45,7 +45,7 @@ def forward[KV: State](
     if decoder.stringing == "unroll":
         result: Any = decoder.apply(params, tokens, kv, step)
         return result
-    ends = {name: value for name, value in params["params"].items() if not name.startswith("layer_")}
+    ends = _ends(params)
     frame, layers = kv.over(()), list(kv.layers)
     x, rotation = _embed(decoder, ends, tokens, frame, step)
     for i in range(len(layers)):
@@ -57,7 +57,7 @@ def forward[KV: State](
 
 def warm(decoder: Decoder, params: Any, tokens: Int[Array, "B S"], kv: Any, step: Any) -> Float[Array, "B T V"]:
     """Compiles what `forward` runs by calls, with one layer of every kind. Takes the memory of `kv` over; the logits mean nothing."""
-    ends = {name: value for name, value in params["params"].items() if not name.startswith("layer_")}
+    ends = _ends(params)
     frame, layers = kv.over(()), list(kv.layers)
     x, rotation = _embed(decoder, ends, tokens, frame, step)
     seen = set()
@@ -82,8 +82,19 @@ def layer_variables(params: Any, index: int) -> dict[str, Any]:
 
 def embed(decoder: Decoder, params: Any, tokens: Int[Array, "B S"], frame: Any, step: Any) -> tuple[Float[Array, "B S M"], Any]:
     """Hidden states before the first layer, and the rotation of the positions (None without RoPE). `frame`: a state without layers."""
-    ends = {name: value for name, value in params["params"].items() if not name.startswith("layer_")}
-    return _embed(decoder, ends, tokens, frame, step)
+    return _embed(decoder, _ends(params), tokens, frame, step)
+
+
+def head(
+    decoder: Decoder, params: Any, x: Float[Array, "B S M"], frame: Any, step: Any, num_tokens: int
+) -> tuple[Float[Array, "B T V"], Any]:
+    """Logits from the hidden states behind the last layer, and the state, without layers, after all have seen the tokens."""
+    return _head(decoder, _ends(params), x, frame, step, num_tokens)
+
+
+def _ends(params: Any) -> dict[str, Any]:
+    """The parameters before the first layer and behind the last."""
+    return {name: value for name, value in params["params"].items() if not name.startswith("layer_")}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -115,7 +126,7 @@ def scratch(decoder: Decoder, params: Any, tokens: Any, kv: Any, step: Any) -> i
     Returns None where the compiler does not say.
     """
     kv, tokens, params = (jax.tree.map(jax.typeof, tree) for tree in (kv, tokens, params))
-    ends = {name: value for name, value in params["params"].items() if not name.startswith("layer_")}
+    ends = _ends(params)
     frame, layers = kv.over(()), list(kv.layers)
     sizes: dict[Any, int | None] = {}
     x, rotation = jax.eval_shape(partial(_embed, decoder), ends, tokens, frame, step)
