@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.attention import summed_mass
+from kvjax.cache.notation import written
 from kvjax.errors import SpecError
 
 Amount = int | float
@@ -66,12 +67,16 @@ class Policy:
       speculates: the policy says, before a layer is computed, which tokens it will read (`select`), for
         all layers but the first `full_layers`.
       home: the one store the policy can stand in; None: any.
+      family: what figures, tables and comparisons group it under, and what gives it its look; None: its own name.
+      unlimited: it keeps and reads every token, so it is the full cache.
     """
 
     observes: ClassVar[bool] = False
     per_head: ClassVar[bool] = True
     speculates: ClassVar[bool] = False
     home: ClassVar[str | None] = None
+    family: ClassVar[str | None] = None
+    unlimited: ClassVar[bool] = False
     full_layers = 0
 
     @property
@@ -167,18 +172,42 @@ class Policy:
         """This policy with nothing left out of `amount` tokens."""
         return self.with_budget(amount)
 
+    def total_budget(self) -> Amount | None:
+        """What this policy keeps or reads in total, as `with_budget` takes it; None where it has no limit or does not say."""
+        return None
+
     def describe(self) -> str:
         """The spec string that makes this policy; switches (words, True or False, None) that stand at their default are left out."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields = [f for f in dataclasses.fields(self) if isinstance(f.default, bool | str | None) or "switch" in f.metadata]
         switches = {f.name: f.default for f in fields}
-        arguments = ",".join(f"{name}={value}" for name, value in values.items() if switches.get(name, ...) != value)
-        return f"{spec_name(type(self))}({arguments})" if arguments else spec_name(type(self))
+        changed = {name: value for name, value in arguments(self).items() if switches.get(name, ...) != value}
+        return written(policy_name(type(self)), changed)
 
 
 def spec_name(policy: type[Policy]) -> str:
-    """The name a policy has in spec strings: `name` if the class defines it, else the class name in lower case."""
+    """The name of a policy of kvjax: `name` if the class defines it, else the class name in lower case."""
     return getattr(policy, "name", policy.__name__.lower())
+
+
+def policy_name(policy: type[Policy]) -> str:
+    """What names a policy in a spec string: its name for one of kvjax, `module:Class` for one of a user's own.
+
+    A class inside a function cannot be named by a spec string; its name stands alone then.
+    """
+    own = not policy.__module__.startswith(f"{__package__}.")
+    return f"{policy.__module__}:{policy.__name__}" if own and policy.__qualname__ == policy.__name__ else spec_name(policy)
+
+
+def arguments(policy: Policy) -> dict[str, Any]:
+    """What makes a policy, by name."""
+    return {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy) if field.init}
+
+
+def total(*amounts: Amount) -> Amount | None:
+    """The sum of amounts that are all tokens or all fractions; None for a mixture."""
+    if all(isinstance(amount, int) for amount in amounts):
+        return sum(amounts)
+    return round(sum(amounts), 9) if all(isinstance(amount, float) for amount in amounts) else None
 
 
 def tokens(amount: Amount, prompt_length: Any) -> Any:

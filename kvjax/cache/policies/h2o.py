@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kvjax.cache.policies.base import PROTECTED, Amount, Policy, Slots, check_amount, halves, tokens
+from kvjax.cache.policies.base import PROTECTED, Amount, Policy, Slots, check_amount, halves, tokens, total
 from kvjax.errors import SpecError
 
 GroupReduction = Literal["sum", "first", "max"]
@@ -55,6 +55,9 @@ class H2O(Policy):
         """Half of it heavy, half recent, as in the paper."""
         heavy, recent = halves(amount)
         return dataclasses.replace(self, heavy=heavy, recent=recent)
+
+    def total_budget(self) -> Amount | None:
+        return total(self.heavy, self.recent)
 
     def group_mass(self, weights: Float[Array, "... G Q C"], scale: Float[Array, "... G Q"]) -> Float[Array, "... C"]:
         if self.group == "first":

@@ -112,6 +112,9 @@ class InfiniGen(Policy):
     def with_budget(self, amount: Amount) -> "InfiniGen":
         return dataclasses.replace(self, budget=amount)
 
+    def total_budget(self) -> Amount:
+        return self.budget
+
     def ample(self, amount: int) -> "InfiniGen":
         return dataclasses.replace(self, budget=amount, alpha=math.inf, pool=None)
 

@@ -29,6 +29,9 @@ class OracleTopK(Policy):
     def with_budget(self, amount: Amount) -> "OracleTopK":
         return dataclasses.replace(self, k=amount)
 
+    def total_budget(self) -> Amount:
+        return self.k
+
     def readable(self, logits: Float[Array, "B Hkv G C"], prompt_length: Int[Array, " B"]) -> Bool[Array, "B Hkv 1 C"]:
         mass = jax.nn.softmax(logits, axis=-1).sum(-2)
         slots = jnp.broadcast_to(jnp.arange(mass.shape[-1]), mass.shape)
