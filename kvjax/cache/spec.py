@@ -13,7 +13,7 @@ from typing import Any
 
 from kvjax.cache.identity import DEFAULT_STORE, Identity, store_options
 from kvjax.cache.notation import Call, read_call, split
-from kvjax.cache.policies import POLICIES, Policy
+from kvjax.cache.policies import POLICIES, Amount, Policy
 from kvjax.cache.stores import STORES
 from kvjax.cache.strategy import ALIASES, Strategy
 from kvjax.errors import KvjaxError, SpecError
@@ -152,11 +152,17 @@ def _store(call: Call, filled: dict[str, Any]) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def read_identity(spec: str, page_size: int | None = None, transfer: str | None = None) -> Identity:
+def read_identity(
+    spec: str, page_size: int | None = None, transfer: str | None = None, budget: Amount | None = None, asked: bool = False
+) -> Identity:
     """The identity of a strategy of which a record has the spec string alone.
 
     The label stays as it is written, unless `page_size` or `transfer` say more than it. No module of a user's own is imported: what its
     class would say stays open, and so does everything about a text that names no strategy (any more).
+
+    Args:
+      budget: that the policy was to be given.
+      asked: the text is what was asked for, such as `h2o+paged`, and not what describes a strategy: the label is what does.
     """
     label = spec.strip()
     try:
@@ -168,10 +174,14 @@ def read_identity(spec: str, page_size: int | None = None, transfer: str | None 
     if not call.module:
         try:
             strategy, plain = parse_strategy(label, page_size=page_size, transfer=transfer), parse_strategy(label)
+            if budget is not None:
+                strategy = Strategy(strategy.policy.with_budget(budget), strategy.store)
         except KvjaxError:
             pass
         else:
             found = strategy.identity()
+            if asked or budget is not None:
+                return found
             keep = found.keep if parts.keep in ALIASES else parts.keep
             return dataclasses.replace(found, keep=keep, label=label if strategy == plain else found.label)
     variant = None if own.name == DEFAULT_STORE else own.name
