@@ -318,7 +318,8 @@ def serve_one(console: Console, engine: Engine, requests: load.Load) -> serve.Se
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(f"{name}: compiling", total=None)
         lengths = [len(r.prompt) for r in requests.requests]
-        engine.warm_up(lengths, lambda what: progress.update(task, description=f"{name}: compiling {what}"))
+        samples = any((r.sampling or engine.sampling).temperature for r in requests.requests)
+        engine.warm_up(lengths, lambda what: progress.update(task, description=f"{name}: compiling {what}"), samples)
         progress.reset(task, total=len(requests.requests))
 
         def report(ended: int, running: int) -> None:
