@@ -70,7 +70,8 @@ def test_prompt_is_that_of_a_cpu(rng):
     slots = one.position.shape[-1]
     np.testing.assert_array_equal(other.position[..., :slots], one.position)
     held = np.asarray(one.position) >= 0
-    np.testing.assert_allclose(np.asarray(other.score)[..., :slots][held], np.asarray(one.score)[held], rtol=MASS_TOLERANCE, atol=MASS_TOLERANCE)
+    scores, wanted = np.asarray(other.score)[..., :slots][held], np.asarray(one.score)[held]
+    np.testing.assert_allclose(scores, wanted, rtol=MASS_TOLERANCE, atol=MASS_TOLERANCE)
     np.testing.assert_allclose(got, want, **TOLERANCE["float16"])
 
 
