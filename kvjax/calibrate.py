@@ -646,6 +646,8 @@ def stated_loss() -> Strategy | None:
     strategy = parse_strategy(FLAGS.strategy)
     if not isinstance(strategy.policy, InfiniGen):
         raise SpecError(f"--loss has no meaning for {strategy.describe()}, which guesses nothing; give --strategy=infinigen(...)")
+    if strategy.policy.loss is not None:
+        raise SpecError(f"--strategy={FLAGS.strategy} states a loss of its own beside --loss={FLAGS.loss}; state it once, as --loss")
     return dataclasses.replace(strategy, policy=dataclasses.replace(strategy.policy, alpha=None, loss=FLAGS.loss))
 
 

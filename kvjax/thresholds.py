@@ -179,7 +179,7 @@ def _hull(read: Float[np.ndarray, " A"], missed: Float[np.ndarray, " A"]) -> lis
 
 
 def _reachable(least: float, loss: float) -> None:
-    if loss < least:
+    if loss < least * (1 - 1e-9):  # but for a rounding error
         raise SpecError(
             f"loss={loss:g} is out of reach: {least:.3g} is missed even with all read that the budget allows; give a larger budget"
         )
