@@ -326,8 +326,8 @@ def test_calibrate_prints_a_strategy_that_run_takes(tmp_path):
     (spec,) = re.findall('--strategy="(.*)"', process.stdout)
     stated = parse_strategy("infinigen(loss=0.25,budget=0.5)")
     assert for_loss(stated, load(path)) == parse_strategy(spec)
-    short = ("--model=kvjax-1m", "--num_prompts=1", "--input_len=128", "--output_len=4", "--num_facts=1", "--noquality", f"--calibration={path}")
-    ran = command("run", *short, f"--strategy={stated.describe()}")
+    short = ("--model=kvjax-1m", "--num_prompts=1", "--num_facts=1", "--input_len=128", "--output_len=4", "--noquality")
+    ran = command("run", *short, f"--calibration={path}", f"--strategy={stated.describe()}")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert spec in " ".join(ran.stdout.split())
 
