@@ -3,7 +3,7 @@
     git worktree add ../before REVISION
     python -m experiments.bench.prefill --before=../before --cases="smollm2-135m,full,1,1024;kvjax-4m,h2o,8,2000"
 
-A case is a model, a strategy, rows and tokens of a row. Compile time is the first call less the median of the others, without a cache on disk.
+A case is a model, a strategy, rows and tokens of a row. Compile time is the first call less the median of the others, without a cache.
 """
 
 import json
