@@ -11,6 +11,7 @@ import pytest
 from scipy.stats import chisquare
 
 from kvjax import InputError, Sampling, generate
+from kvjax.cache import Full, HostStore, Strategy
 from kvjax.generation import _next_token, first_token, unrolled_steps
 from kvjax.sampling import NOT_FINITE, SamplingArrays, as_arrays, choose
 
@@ -110,8 +111,9 @@ def primitives(jaxpr, inside: bool = False) -> set[tuple[str, bool]]:
     found = set()
     for equation in jaxpr.eqns:
         found.add((equation.primitive.name, inside))
-        for part in jax.core.jaxprs_in_params(equation.params):
-            found |= primitives(part, inside or equation.primitive.name == "cond")
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(part := getattr(value, "jaxpr", value), "eqns"):
+                found |= primitives(part, inside or equation.primitive.name == "cond")
     return found
 
 
@@ -148,7 +150,7 @@ PROMPTS = [list(np.random.default_rng(n).integers(0, 256, n)) for n in (20, 7, 1
 
 
 @pytest.mark.parametrize("stringing", ["unroll", "calls"])
-@pytest.mark.parametrize("strategy", ["full", "h2o(heavy=3,recent=4)", "full+host(transfer=driven)"])
+@pytest.mark.parametrize("strategy", ["full", "h2o(heavy=3,recent=4)", Strategy(Full(), HostStore("driven"))], ids=str)
 def test_rows_of_a_batch_generate_what_each_does_alone(byte_model, strategy, stringing):
     model = dataclasses.replace(byte_model, stringing=stringing)
     options = dict(strategy=strategy, max_new_tokens=9, stop_tokens=())

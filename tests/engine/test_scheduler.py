@@ -539,7 +539,7 @@ class Trace:
         if rng.random() < 0.1:
             prompt[int(rng.integers(length))] = BAD
         stops = rng.integers(0, BAD, int(rng.integers(0, 2))).tolist()
-        sampling = rng.choice([None, Sampling(), Sampling(3.0), Sampling(1.0, 4)])
+        sampling = (None, Sampling(), Sampling(3.0), Sampling(1.0, 4))[int(rng.integers(4))]
         return Asked(prompt, int(rng.integers(1, LONGEST - length + 1)), n, int(rng.integers(0, 3)), stops, sampling)
 
     def options(self, asked: Asked) -> dict[str, Any]:
