@@ -358,7 +358,7 @@ def warm_up(
         logits = warm(model.decoder, model.params, jax.device_put(tokens, model.placement), kv, step)[:, 0]
         kv = _allocated(model, strategy, lengths, prompt_len, max_new)
     arrays = jax.device_put(as_arrays(per_row(sampling, batch, "rows"), np.arange(batch, dtype=np.int32)), model.placement)
-    token = first_token(logits, kv.length, sampling)
+    token = first_token(logits, kv.length, arrays)
     remaining = left_after(jax.device_put(np.full(batch, 3, np.int32), model.placement), token, stops)
     for _ in range(2 if max_new > 1 else 0):
         if is_driven(strategy):

@@ -45,10 +45,11 @@ def mixed(rows: int, vocab: int = 300):
 
 
 def test_a_row_draws_what_its_settings_draw_as_constants():
-    each = 4
-    logits, seeds, positions = mixed(each * len(SETTINGS))
-    found = np.asarray(jax.jit(choose)(logits, positions, as_arrays([s for s in SETTINGS for _ in range(each)], seeds)))
-    for i, sampling in enumerate(SETTINGS):
+    each, picked = 4, np.random.default_rng().permutation(len(SETTINGS) - 1)[:9] + 1
+    settings = [Sampling(), *(SETTINGS[i] for i in picked)]  # other ones every time: each compiles programs of its own
+    logits, seeds, positions = mixed(each * len(settings))
+    found = np.asarray(jax.jit(choose)(logits, positions, as_arrays([s for s in settings for _ in range(each)], seeds)))
+    for i, sampling in enumerate(settings):
         own = slice(i * each, (i + 1) * each)
         alone = jax.jit(lambda *arguments, sampling=sampling: constant(sampling, *arguments))(logits[own], seeds[own], positions[own])
         assert found[own].tolist() == alone.tolist(), sampling

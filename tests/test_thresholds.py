@@ -150,9 +150,9 @@ def test_late_positions():
     [
         ("bytes", InfiniGen(budget=0.8, full_layers=1, sinks=1, recent=2)),
         ("opt", InfiniGen(budget=0.8, full_layers=1, sinks=1, recent=2)),
-        ("bytes", InfiniGen(budget=9, full_layers=2, group="max", sinks=2, recent=2)),
+        pytest.param("bytes", InfiniGen(budget=9, full_layers=2, group="max", sinks=2, recent=2), marks=pytest.mark.slow),
         ("opt", InfiniGen(budget=0.6, full_layers=0, group="mean", columns="union", partial=0.3, correction=False)),
-        ("bytes", InfiniGenPaper(budget=0.5, full_layers=1)),
+        pytest.param("bytes", InfiniGenPaper(budget=0.5, full_layers=1), marks=pytest.mark.slow),
     ],
 )
 def test_the_lowest_layer_that_guesses_is_as_when_decoding(deep, calibrations, name, policy):
