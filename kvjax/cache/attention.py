@@ -1,6 +1,7 @@
 """Attention in plain JAX: what the stores compute with on a CPU, and the definition every kernel is tested against."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,13 @@ def summed_mass(weights: Float[Array, "... G Q K"], scale: Float[Array, "... G Q
     """The attention mass of every key, summed over queries and the query heads of its kv head: a GroupMass, the one that kernels know."""
     return jnp.einsum("...gqc,...gq->...c", weights, scale)
 
+
+BLOCK = 64
+"""Queries at a time: their logits over a few thousand keys stay in a core's cache."""
+
+SHORT, SEGMENTS = 1024, (4, 8)
+"""Parts of a prompt with a loop each, of one up to SHORT tokens and of a longer one: more of them compute less that nobody sees, and take
+longer to compile."""
 
 NEG_INF = -1e30  # finite, so that a row with nothing to see gives a uniform softmax and not NaN
 
@@ -43,9 +51,9 @@ def prompt_attention(
     v: Float[Array, "B S Hkv D"],
     query_valid: Bool[Array, "B S"],
     rules: tuple[GroupMass, ...] = (),
-    block: int = 256,
+    block: int = BLOCK,
 ) -> tuple[Float[Array, "B S H D"], tuple[Float[Array, "B Hkv S"], ...]]:
-    """Causal attention over a prompt, one block of queries at a time; keys after a block are not touched.
+    """Causal attention over a prompt, one block of queries at a time.
 
     Args:
       query_valid: queries that count in the statistics (padding does not).
@@ -56,23 +64,14 @@ def prompt_attention(
       arXiv:2306.14048 section 4).
 
     Memory is O(S * block). While a block is at hand its rows are complete, so its probabilities are final and their column sums cost one
-    more pass over a block that is still in cache, not a second computation of all scores.
+    more pass over a block that is still in cache, not a second computation of all scores. The blocks are a loop, so that a program does not
+    grow with the prompt: SEGMENTS of them, each of which leaves out the keys behind its last query.
     """
-    batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    q = (q * dim**-0.5).reshape(batch, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)  # [B, Hkv, G, S, D]
-    k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # [B, Hkv, D, S] and [B, Hkv, S, D]
-    outs, mass = [], (jnp.zeros((batch, kv_heads, length), jnp.float32),) * len(rules)
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)
-        out, weights, scale = _attend_block(q[..., start:end, :], k[..., :end], v[..., :end, :], visible)
-        counted = jnp.where(query_valid[:, None, None, start:end], scale, 0)
-        mass = tuple(x.at[..., :end].add(rule(weights, counted)) for x, rule in zip(mass, rules, strict=True))
-        q, out, mass = jax.lax.optimization_barrier((q, out, mass))  # one block after the other, so that they share memory
-        outs.append(out)
-    out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, length, heads, dim), mass
+
+    def seen(at: Int[Array, " Q"], end: int) -> Bool[Array, "Q K"]:
+        return at[:, None] >= jnp.arange(end)
+
+    return _attend_blocks(q, k, v, query_valid, seen, rules, block, SEGMENTS[q.shape[1] > SHORT])
 
 
 def chunk_attention(
@@ -83,7 +82,7 @@ def chunk_attention(
     key_position: Int[Array, "B h K"],
     query_valid: Bool[Array, "B S"],
     group_mass: GroupMass | None = None,
-    block: int = 256,
+    block: int = BLOCK,
 ) -> tuple[Float[Array, "B S H D"], Float[Array, "B Hkv K"] | None]:
     """Attention of a later chunk of a prompt over what the cache holds and the chunk itself.
 
@@ -92,22 +91,50 @@ def chunk_attention(
       query_valid, block: as in `prompt_attention`.
       group_mass: its one rule; None: no statistics.
     """
+    where = key_position[:, :, None, None]
+
+    def seen(at: Int[Array, " Q"], end: int) -> Bool[Array, "B h 1 Q K"]:
+        return (where >= 0) & (where <= query_position[:, at][:, None, None, :, None])
+
+    out, mass = _attend_blocks(q, k, v, query_valid, seen, () if group_mass is None else (group_mass,), block, 1)
+    return out, mass[0] if mass else None
+
+
+def _attend_blocks(
+    q: Float[Array, "B S H D"], k: Float[Array, "B K Hkv D"], v: Float[Array, "B K Hkv D"], query_valid: Bool[Array, "B S"],
+    seen: Callable[[Int[Array, " Q"], int], Bool[Array, "... Q K"]], rules: tuple[GroupMass, ...], block: int, segments: int,
+) -> tuple[Float[Array, "B S H D"], tuple[Float[Array, "B Hkv K"], ...]]:  # fmt: skip
+    """Attention in blocks of queries, in a loop for each of `segments` parts of them.
+
+    `seen` says which of the first K keys the queries of a block see, given their indices and K: with one segment all keys there are, with
+    more the keys up to the last query of the part.
+    """
     batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    q = (q * dim**-0.5).reshape(batch, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-    seen = key_position[:, :, None, None]
-    outs, mass = [], jnp.zeros((batch, kv_heads, k.shape[-1]), jnp.float32)
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        visible = (seen >= 0) & (seen <= query_position[:, None, None, start:end, None])
-        out, weights, scale = _attend_block(q[..., start:end, :], k, v, visible)
-        if group_mass is not None:
-            mass += group_mass(weights, jnp.where(query_valid[:, None, None, start:end], scale, 0))
-        q, out, mass = jax.lax.optimization_barrier((q, out, mass))  # one block after the other, so that they share memory
-        outs.append(out)
-    out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, length, heads, dim), None if group_mass is None else mass
+    kv_heads, keys = k.shape[2], k.shape[1]
+    q = (q * dim**-0.5).reshape(batch, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)  # [B, Hkv, G, S, D]
+    k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # [B, Hkv, D, K] and [B, Hkv, K, D]
+    block = min(block, length)
+    blocks = -(-length // block)
+
+    def turn(end: int, i, carry):
+        out, mass = carry
+        first = jnp.minimum(i * block, length - block)  # a last block that does not fit begins earlier, and counts once what it repeats
+        at = first + jnp.arange(block)
+        queries = jax.lax.dynamic_slice_in_dim(q, first, block, 3)
+        part, weights, scale = _attend_block(queries, k[..., :end], v[:, :, :end], seen(at, end))
+        counted = jax.lax.dynamic_slice_in_dim(query_valid, first, block, 1) & (at >= i * block)
+        scale = jnp.where(counted[:, None, None], scale, 0)
+        mass = tuple(x.at[..., :end].add(rule(weights, scale)) for x, rule in zip(mass, rules, strict=True))
+        return jax.lax.dynamic_update_slice_in_dim(out, part, first, 3), mass
+
+    carry = jnp.zeros(q.shape, v.dtype), (jnp.zeros((batch, kv_heads, keys), jnp.float32),) * len(rules)
+    each = -(-blocks // segments)
+    for begin in range(0, blocks, each):
+        stop = min(begin + each, blocks)
+        end = keys if segments == 1 else min(stop * block, keys)
+        carry = turn(end, begin, carry) if stop == begin + 1 else jax.lax.fori_loop(begin, stop, partial(turn, end), carry)
+    out, mass = carry
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim), mass
 
 
 def softmax_weights(logits: Float[Array, "... K"]) -> tuple[Float[Array, "... K"], Float[Array, "..."]]:

@@ -32,6 +32,7 @@ from kvjax.cache.stores.dense import select_rows
 from kvjax.cache.stores.kernels import attend_prompt
 from kvjax.errors import InputError, SpecError
 from kvjax.kernels.dispatch import Device
+from kvjax.kernels.h2o_evict import h2o_evict
 from kvjax.kernels.speculate import speculate
 
 ALIASES = {"vllm": ("full", "paged"), "offload": ("full", "host")}
@@ -272,7 +273,7 @@ class Strategy:
             out, statistics = store.attend_with_statistics(tokens, kv.shared, q, self._in_use(slot, kv, active), position)
         with jax.named_scope("evict"):
             seen = kv.length + 1
-            position, score, following = store.evict(tokens, kv.shared, position, score, statistics, seen, budget, recent, active)
+            position, score, following = h2o_evict(position, score, statistics, seen, budget, recent, active)
             following = jnp.where(active[:, None], following, slot)
         return out[:, None], LayerState(tokens, position, score, following)
 

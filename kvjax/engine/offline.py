@@ -306,7 +306,8 @@ _scratches: dict[Any, int | None] = {}
 
 def _scratch(model: Model, strategy: Strategy, sampling: Sampling, state: KVState) -> int | None:
     """Bytes a decode step needs beside its arguments and results; None where XLA does not say."""
-    key = (model.decoder, strategy, sampling, jax.tree.structure(state), tuple((x.shape, x.dtype) for x in jax.tree.leaves(state)))
+    shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(state))
+    key = (model.decoder, strategy, sampling.temperature > 0, jax.tree.structure(state), shapes)
     if key not in _scratches:
         _scratches[key] = decode_scratch(model, strategy, sampling, state)
     return _scratches[key]

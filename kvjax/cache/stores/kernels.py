@@ -26,7 +26,6 @@ from kvjax.cache.stores.host import HostLayer, HostStore, Seats
 from kvjax.cache.stores.paged import PagedStore, PageTable, page_table
 from kvjax.kernels.dispatch import Device, unavailable
 from kvjax.kernels.gather import gather_pages, gather_rows
-from kvjax.kernels.h2o_evict import Attention, H2OCache, h2o_evict
 from kvjax.kernels.paged_attention import Statistics, dense_attention, paged_attention, pool_dim
 from kvjax.kernels.prefill_attention import column_mass, prefill_attention
 
@@ -162,19 +161,6 @@ class KernelStore:
         out = jnp.einsum("bhgc,bhcd->bhgd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
         mass = None if group_mass is None else group_mass(weights[..., None, :], scale[..., None])
         return (out * scale[..., None]).reshape(batch, heads, dim).astype(q.dtype), mass
-
-    def evict(
-        self, layer: Any, shared: Any, position: Int[Array, "B Hkv C"], score: Float[Array, "B Hkv C"], statistics: Statistics,
-        length: Int[Array, " B"], budget: Int[Array, " B"], recent: Int[Array, " B"], active: Bool[Array, " B"],
-    ) -> tuple[Int[Array, "B Hkv C"], Float[Array, "B Hkv C"], Int[Array, "B Hkv"]]:  # fmt: skip
-        """H2O's accounts and eviction behind a decode step, in one launch: positions, scores, and the slot for the next token.
-
-        `length`: tokens seen, the one just written included.
-        """
-        cache = H2OCache(layer.k, layer.v, self.blocks(layer, shared, len(length)), position, score)
-        attention = Attention(statistics.logits, statistics.lse)
-        after, slot = h2o_evict(cache, attention, None, length, budget, recent, active)
-        return after.position, after.score, slot
 
     def attend_chunk(
         self, layer: Any, shared: Any, q: Float[Array, "B S H D"], length: Int[Array, " B"], valid: Bool[Array, "B S"],
