@@ -57,7 +57,7 @@ def under_load(record: Record) -> bool:
 def identity_of(record: Record) -> Identity:
     """The strategy of a record, as data.
 
-    A record of before there was `strategy_identity`, and one of a cell that could not be measured, has a spec string and what its cell says.
+    A record without `strategy_identity` (an old one, or one of a cell that could not be measured) has a spec string and what its cell says.
     """
     if (known := of_record(record.get("strategy_identity"))) is not None:
         return known
@@ -70,6 +70,17 @@ def identity_of(record: Record) -> Identity:
         budget if asked and _is_amount(budget) else None,
         asked,
     )
+
+
+def family(label: str) -> str:
+    """What a strategy belongs to, by its label: `vllm`, `h2o` of `h2o(heavy=0.1,recent=0.1)+paged`."""
+    return read_identity(label).family
+
+
+def scales(label: str) -> bool:
+    """Whether what a strategy keeps grows with the prompt, so that it is the same one at another length, by its label."""
+    identity = read_identity(label)
+    return identity.unlimited or isinstance(identity.budget, float)
 
 
 def budget_of(record: Record) -> int | float | None:

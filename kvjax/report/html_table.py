@@ -197,11 +197,10 @@ def _lost(records: Sequence[Record]) -> str:
             reasons[told] = reasons.get(told, 0) + 1
     if not reasons:
         return ""
-    items = "".join(
-        f'<li>{swatch(strategy, family)} <span class="badge {OUTCOMES.get(kind, ("", "bad"))[1]}">{escape(OUTCOMES.get(kind, (kind,))[0])}</span> '
-        f"{_count(count)}: {escape(error)}"
-        for (kind, strategy, family, error), count in reasons.items()
-    )
+    items = ""
+    for (kind, strategy, family, error), count in reasons.items():
+        badge, look = OUTCOMES.get(kind, (kind, "bad"))
+        items += f'<li>{swatch(strategy, family)} <span class="badge {look}">{escape(badge)}</span> {_count(count)}: {escape(error)}'
     return f'<div class="whylost"><h4>Cells without figures</h4><ul>{items}</ul></div>'
 
 
