@@ -244,7 +244,7 @@ def test_measured_recorded_and_shown(deep, calibrations):
     asked = options | {"input_len": PROMPT, "seed": 0}
     flat = record.record(measured, model, workload, asked)
     assert flat["speculation_precision"] == alone.overall("precision").value
-    assert not any(isinstance(value, dict | list) for value in flat.values())
+    assert [name for name, value in flat.items() if isinstance(value, dict | list)] == ["strategy_identity"]
     text = io.StringIO()
     table.show([flat], Console(file=text, width=150))
     for words in ("speculation (guess against the truth)", "precision (%)", "attention mass covered (%)"):
