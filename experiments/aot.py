@@ -29,7 +29,6 @@ import importlib
 import json
 import math
 import pathlib
-import pkgutil
 import re
 import sys
 import tempfile
@@ -40,11 +39,12 @@ from importlib import metadata
 import jax
 import jaxlib
 from kvjax.kernels import targets
-from kvjax.kernels.shapes import Case
 from kvjax.kernels.targets import Target, TargetError
 
 from kvjax import kernels
 from kvjax.files import dumps, replace
+from tests.kernels import shapes
+from tests.kernels.shapes import Case
 
 REGISTERS, SHARED_MEMORY, THREADS = 65536, 227 * 1024, 2048  # of a Hopper multiprocessor
 RESULTS = pathlib.Path("experiments/results/aot")
@@ -95,22 +95,18 @@ class Outcome:
 
 
 def operations() -> dict[str, list[Case]]:
-    """The cases of every operation that lists some."""
-    found = {}
-    for module in pkgutil.iter_modules(kernels.__path__):
-        if module.ispkg and importlib.util.find_spec(f"kvjax.kernels.{module.name}.shapes"):
-            found[module.name] = list(importlib.import_module(f"kvjax.kernels.{module.name}.shapes").cases())
-    return found
+    """The cases of every operation."""
+    return {name: list(importlib.import_module(f"tests.kernels.{name}.shapes").cases()) for name in kernels.OPERATIONS}
 
 
 @functools.cache
 def source_of(operation: str) -> str:
-    """A fingerprint of an operation's code and of what all of them share, without their tests."""
-    base = pathlib.Path(kernels.__path__[0])
-    files = [path for path in (base / operation).iterdir() if path.suffix in (".py", ".json") and path.stem not in ("cases", "reference")]
-    shared = [base / f"{name}.py" for name in ("dispatch", "shapes", "targets", "tuned")]
+    """A fingerprint of an operation's code, of what all of them share, and of the shapes."""
+    base, cases = pathlib.Path(kernels.__path__[0]), pathlib.Path(shapes.__file__).parent
+    files = [path for path in (base / operation).iterdir() if path.suffix in (".py", ".json")]
+    shared = [base / f"{name}.py" for name in ("dispatch", "targets", "tuned")]
     found = hashlib.sha256()
-    for path in sorted(files) + shared:
+    for path in [*sorted(files), *shared, cases / operation / "shapes.py", cases / "shapes.py"]:
         found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()[:16]
 

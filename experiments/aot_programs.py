@@ -33,7 +33,6 @@ from kvjax.errors import KvjaxError
 from kvjax.generation import unrolled_prefill, unrolled_steps
 from kvjax.models import preset
 from kvjax.plan import Device, Setting, open_device, programs
-from kvjax.sampling import Sampling
 
 LAYERS, BATCH, CONTEXT, CHUNK = 2, 16, 2048, 512
 Program = Literal["decode", "prefill"]
@@ -121,8 +120,8 @@ def lowered(setting: Setting, device: Device, program: Program) -> jax.stages.Lo
     with device.in_scope():
         if program == "decode":
             count = jax.ShapeDtypeStruct((), jnp.int32)
-            arguments = programs.placed(device, (params, programs.state(setting, rows), row, row, row, count))
-            return unrolled_steps.lower(decoder, setting.strategy, Sampling(), (), 1, *arguments)
+            arguments = programs.placed(device, (params, programs.state(setting, rows), row, row, None, count))
+            return unrolled_steps.lower(decoder, setting.strategy, (), 1, *arguments)
         kv = programs.staged(setting) if setting.stages else programs.state(setting, rows)
         step = Prefill(row, setting.strategy, first=False, context=setting.prompt)
         tokens = jax.ShapeDtypeStruct((rows, CHUNK), jnp.int32)

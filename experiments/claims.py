@@ -15,7 +15,8 @@ import numpy as np
 
 from kvjax.advise import OutsideData, advise, usual_needs
 from kvjax.advise.evidence import device_bytes
-from kvjax.report.cells import Point, Record, name_of, points
+from kvjax.report.cells import Point, Record, points
+from kvjax.report.fields import family
 from kvjax.report.statistics import Difference, Ratio, paired, ratio, share_difference
 from kvjax.report.table import human_bytes
 
@@ -87,8 +88,8 @@ class Evidence:
         """By the first one's spec string: points of strategies with these names that stand in the same setting; `of`: which second ones."""
         found: dict[str, list[tuple[Point, Point]]] = {}
         for there in self.by_setting.values():
-            for mine in (p for p in there if name_of(p.strategy) == first):
-                for other in (p for p in there if name_of(p.strategy) == second and p.strategy != mine.strategy and of(p)):
+            for mine in (p for p in there if family(p.strategy) == first):
+                for other in (p for p in there if family(p.strategy) == second and p.strategy != mine.strategy and of(p)):
                     found.setdefault(mine.strategy, []).append((mine, other))
         return found
 
@@ -261,7 +262,7 @@ def keeps_early(evidence: Evidence) -> Finding:
     best: tuple[tuple[bool, int], Point, Point, Point] | None = None
     for mine, full in (p for found in evidence.pairs("infinigen", "full").values() for p in found):
         for h2o in evidence.by_setting[mine.setting_key]:
-            if name_of(h2o.strategy) != "h2o" or not h2o.budget == mine.budget == BUDGET:
+            if family(h2o.strategy) != "h2o" or not h2o.budget == mine.budget == BUDGET:
                 continue
             asked = early_share(mine)
             if asked and early_share(h2o) and early_share(full):
@@ -329,10 +330,10 @@ def none_is_best(evidence: Evidence) -> Finding:
         except OutsideData:
             continue
         if found.strategy is not None:
-            named.setdefault(name_of(found.strategy), []).append(label)
+            named.setdefault(family(found.strategy), []).append(label)
             swept.append(found.experiment)
-            if found.decided or found.margin is None or all(name_of(name) == name_of(found.strategy) for name in found.equals or ("",)):
-                sure.add(name_of(found.strategy))
+            if found.decided or found.margin is None or all(family(name) == family(found.strategy) for name in found.equals or ("",)):
+                sure.add(family(found.strategy))
     if not named:
         return nothing("no need the study asks about can be answered")
     text = "Named by the needs below: " + "; ".join(f"{name} for {len(labels)}" for name, labels in named.items()) + ". "

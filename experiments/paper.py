@@ -27,7 +27,8 @@ from kvjax.command import Printer, answered, start
 from kvjax.errors import KvjaxError, SpecError
 from kvjax.files import replace
 from kvjax.models.config import preset
-from kvjax.report.cells import Record, budget_of, name_of, points, read_results, setting_of
+from kvjax.report.cells import Record, points, read_results, setting_of
+from kvjax.report.fields import budget_of, identity_of
 from kvjax.report.statistics import explain, regret, step_weight_bytes
 
 FLAGS = flags.FLAGS
@@ -167,7 +168,7 @@ def regrets(records: Sequence[Record]) -> list[str]:
 def speedups(records: Sequence[Record]) -> list[str]:
     """Measured speedups over the full cache at the same batch, beside what the bytes account for."""
     joined = _offline(records)
-    full = {(r["sweep"], setting_of(r)): r for r in joined if name_of(r["strategy"]) == "full"}
+    full = {(r["sweep"], setting_of(r)): r for r in joined if identity_of(r).family == "full"}
     lines = []
     for record in joined:
         baseline = full.get((record["sweep"], setting_of(record)))

@@ -1,9 +1,12 @@
 """InfiniGen's offline calibration: where the magnitude of queries and keys lies, and a rotation that gathers it in few columns.
 
     python -m kvjax.calibrate --model=kvjax-4m --output_dir=runs/calibration-4m
+    python -m kvjax.calibrate --model=smollm2-135m --loss=0.02 --strategy="infinigen(budget=0.5)"
 
     calibration = calibrate(model)
     model = prepare(model, calibration, partial=0.3)
+
+With --loss it also finds how much has to be read so that no more than this share of the attention is missed (kvjax.thresholds).
 
 InfiniGen (arXiv:2406.19707) guesses which cached tokens matter from a few columns of queries and keys. The guess is good where those
 columns hold most of the magnitude. An orthogonal matrix A per kv head, the right singular vectors of sample queries, makes it so and
@@ -30,6 +33,7 @@ import functools
 import hashlib
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -41,8 +45,9 @@ from absl import flags, logging
 from jaxtyping import Array, Float, Int
 
 from kvjax import compilation
-from kvjax.cache import Strategy
+from kvjax.cache import Strategy, parse_strategy
 from kvjax.cache.attention import prompt_attention
+from kvjax.cache.policies import InfiniGen
 from kvjax.command import answered, start
 from kvjax.errors import InputError, ModelError, NotFiniteError, SpecError
 from kvjax.models import Decoder, Model, ModelConfig, load_model, public
@@ -51,6 +56,7 @@ from kvjax.models.decoder import Attention, Block
 from kvjax.models.guide import Guide, QueryGuide
 from kvjax.quality import recall
 from kvjax.runtime.forward import embed, layer_variables
+from kvjax.thresholds import ALPHAS, Curves, alpha_by_layer, alpha_for, late, measured_like, read_and_missed
 
 FLAGS = flags.FLAGS
 SAMPLE_TOKENS, SAMPLE_ROW = 2048, 1024
@@ -84,6 +90,7 @@ class Calibration:
       product_query, product_key: projections of queries and keys whose first P columns lose least of the products, for every P.
       down, up: the correction of each layer's query weight (before norm and rotation) where it meets the attention input of the layer
         before; zeros in layer 0, which has none.
+      curves: what thresholds read and miss, by kvjax.thresholds.measured_like of a policy (`with_curves`).
     """
 
     model_id: str
@@ -98,6 +105,7 @@ class Calibration:
     product_key: Float[np.ndarray, "L Hkv D D"]
     down: Float[np.ndarray, "L r M"]
     up: Float[np.ndarray, "L O r"]
+    curves: Mapping[str, Curves] = dataclasses.field(default_factory=dict)
 
 
 Captured = tuple
@@ -174,10 +182,69 @@ def calibrate(model: Model, tokens: Int[Array | np.ndarray, "B S"] | None = None
         values = (skew, *_product_projections(queries, keys), *masses, *correction)
         for name, value in zip(_ARRAYS, values, strict=True):
             found[name].append(value)
-    arrays = {name: np.stack(values) for name, values in found.items()}
+    arrays: dict[str, Any] = {name: np.stack(values) for name, values in found.items()}
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise NotFiniteError(f"{config.name} in {model.dtype}: queries and keys of the sample are not finite; nothing follows from them")
     return Calibration(config.name, _fingerprint(model), rows.size, **arrays)
+
+
+def with_curves(
+    model: Model, calibration: Calibration, policy: InfiniGen, tokens: Int[Array | np.ndarray, "B S"] | None = None
+) -> Calibration:
+    """The calibration with what `policy` would read and miss under every alpha; costs about what `calibrate` does.
+
+    Args:
+      model: the one that was calibrated, as it was loaded.
+      tokens: rows of a sample, as for `calibrate`; None for `sample_tokens`.
+
+    Raises:
+      InputError: rows the model cannot take, or of a single token.
+      SpecError: the calibration of another model, or a policy that reads everything in all layers.
+      NotFiniteError: attention that is no number.
+    """
+    rows, config = _checked(model, sample_tokens(model) if tokens is None else np.asarray(tokens)), model.config
+    if rows.shape[1] < 2:
+        raise InputError("calibration rows of 1 token have nothing to read; give rows of 2 tokens or more")
+    layers = tuple(range(max(policy.full_layers, 1), config.num_layers))
+    if not layers:
+        raise SpecError(f"{policy.describe()}: all {config.num_layers} layers of {config.name} read everything; there is nothing to choose")
+    ready = _guided(model, calibration, policy)
+    (pairs, inputs), at = captured(ready, rows), late(rows.shape[1])
+    guides = [ready.params["guide"][f"layer_{i}"]["attention"]["guide"] for i in range(config.num_layers)]
+    rule = dataclasses.replace(policy, alpha=0.0, loss=None)  # whatever is given, one program
+    found = []
+    for i in layers:
+        (q, k), before = pairs[i], inputs[i - 1]
+        found.append(read_and_missed(config, rule, guides[i - 1].following, guides[i].key, before[:, at], q[:, at], k, jnp.asarray(at)))
+    read, missed = (np.stack([np.asarray(x, np.float64) for x in values]) for values in zip(*found, strict=True))
+    if not np.isfinite(missed).all():
+        raise NotFiniteError(f"{config.name} in {model.dtype}: the attention of the sample is not finite; nothing follows from it")
+    curves = Curves(layers, ALPHAS, float(at.mean()), read, missed)
+    return dataclasses.replace(calibration, curves={**calibration.curves, measured_like(policy): curves})
+
+
+def curves_of(calibration: Calibration, policy: InfiniGen) -> Curves:
+    """Those that `with_curves` measured for a policy. Raises SpecError where it did not."""
+    name = measured_like(policy)
+    if name not in calibration.curves:
+        has = f"only of {', '.join(calibration.curves)}" if calibration.curves else "none"
+        raise SpecError(
+            f"{policy.describe()}: this calibration lacks its curves (has {has}); calibrate with --loss and --strategy for this one"
+        )
+    return calibration.curves[name]
+
+
+def for_loss(strategy: Strategy, calibration: Calibration) -> Strategy:
+    """The strategy with the alpha that misses as much as it states, or as it is where it states no loss.
+
+    Raises:
+      SpecError: a calibration without the curves of its policy (`with_curves`), or a loss that its budget cannot meet.
+    """
+    policy: Any = strategy.policy
+    if getattr(policy, "loss", None) is None:
+        return strategy
+    alpha = alpha_for(curves_of(calibration, policy), policy.loss)
+    return dataclasses.replace(strategy, policy=dataclasses.replace(policy, alpha=alpha, loss=None))
 
 
 def _checked(model: Model, tokens: np.ndarray) -> Int[np.ndarray, "B S"]:
@@ -310,6 +377,7 @@ def save(calibration: Calibration, directory: str | os.PathLike) -> None:
     path = _new_directory(directory)
     described = {name: getattr(calibration, name) for name in ("model_id", "weights", "num_tokens")}
     described["shape"] = list(calibration.query_mass.shape)
+    described["curves"] = {name: curves.plain() for name, curves in calibration.curves.items()}
     described["widths"] = [calibration.down.shape[1], calibration.down.shape[2], calibration.up.shape[1]]
     arrays = {name: getattr(calibration, name) for name in _ARRAYS}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
@@ -335,6 +403,7 @@ def load(directory: str | os.PathLike, model: Model | None = None) -> Calibratio
             described = dict(checkpointer.restore(path, args=ocp.args.Composite(calibration=ocp.args.JsonRestore())).calibration)
             shape = tuple(described.pop("shape"))
             rank, inputs, outputs = described.pop("widths")
+            described["curves"] = {name: Curves.from_plain(x) for name, x in described.get("curves", {}).items()}
             shapes = dict.fromkeys(_MASSES, shape) | dict.fromkeys(_TURNS, (*shape, shape[-1]))
             shapes |= {"down": (shape[0], rank, inputs), "up": (shape[0], outputs, rank)}
             placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -488,12 +557,20 @@ def calibrated(model: Model, strategy: Strategy, calibration: Calibration | None
 
     Args:
       calibration: of this model; None: `calibrate` on the default sample, which takes a few seconds.
+
+    Raises:
+      SpecError: the calibration of another model, or a policy that states a loss and has no alpha yet (`for_loss`).
     """
     policy: Any = strategy.policy
     if not policy.speculates:
         return model
-    found = calibrate(model) if calibration is None else calibration
-    return prepare(model, found, partial=policy.partial, columns=policy.columns, skew=policy.skew, correction=policy.correction)
+    if getattr(policy, "loss", None) is not None:
+        raise SpecError(f"{policy.describe()}: alpha is still to be found for this loss; kvjax.calibrate.for_loss does it")
+    return _guided(model, calibrate(model) if calibration is None else calibration, policy)
+
+
+def _guided(model: Model, calibration: Calibration, policy: Any) -> Model:
+    return prepare(model, calibration, partial=policy.partial, columns=policy.columns, skew=policy.skew, correction=policy.correction)
 
 
 def _cut(
@@ -546,29 +623,85 @@ def define_flags() -> None:
     """Called once, when this module is the program."""
     compilation.define_flag()
     flags.DEFINE_string("model", "kvjax-4m", public.CHOICE)
-    flags.DEFINE_string("output_dir", None, "The directory to write; it must not exist.", required=True)
+    flags.DEFINE_string("output_dir", None, "The directory to write; it must not exist. Required, but with --loss.")
     flags.DEFINE_integer("num_tokens", SAMPLE_TOKENS, "Tokens of the sample.", lower_bound=1)
+    flags.DEFINE_float(
+        "loss", None,
+        "Find the alpha of --strategy with which this share of the attention, such as 0.02, is on tokens that are not read: the mean over "
+        "the sample's queries, their heads, and the layers that guess.",
+    )  # fmt: skip
+    flags.DEFINE_string("strategy", "infinigen", "What --loss is for, such as infinigen(budget=0.5); its alpha means nothing here.")
     flags.DEFINE_bool("random_weights", False, "Random weights: the model that kvjax.run has under the same flag.")
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 elsewhere.")
+
+
+def stated_loss() -> Strategy | None:
+    """What --loss and --strategy ask for; None without a loss. Raises SpecError."""
+    if FLAGS.loss is None:
+        if FLAGS["strategy"].present:
+            raise SpecError(f"--strategy={FLAGS.strategy} has no meaning without a loss; add for example --loss=0.02")
+        if FLAGS.output_dir is None:
+            raise SpecError("nothing to do; give --output_dir, for example --output_dir=runs/calibration, or --loss, or both")
+        return None
+    strategy = parse_strategy(FLAGS.strategy)
+    if not isinstance(strategy.policy, InfiniGen):
+        raise SpecError(f"--loss has no meaning for {strategy.describe()}, which guesses nothing; give --strategy=infinigen(...)")
+    if strategy.policy.loss is not None:
+        raise SpecError(f"--strategy={FLAGS.strategy} states a loss of its own beside --loss={FLAGS.loss}; state it once, as --loss")
+    return dataclasses.replace(strategy, policy=dataclasses.replace(strategy.policy, alpha=None, loss=FLAGS.loss))
 
 
 def run() -> None:
     """Loads, calibrates, writes, prints."""
     compilation.apply_flag()
-    directory = _new_directory(FLAGS.output_dir)
+    stated = stated_loss()
+    directory = None if FLAGS.output_dir is None else _new_directory(FLAGS.output_dir)
     model = load_model(FLAGS.model, dtype=FLAGS.dtype, random_weights=FLAGS.random_weights)
-    calibration = calibrate(model, sample_tokens(model, FLAGS.num_tokens))
-    save(calibration, directory)
-    dim = model.config.head_dim
-    print(
-        f"{model.config.name} ({model.dtype}), {calibration.num_tokens} tokens: magnitude in {columns_kept(dim)} of {dim} columns, "
-        f"before and after the skew\n"
-    )
+    tokens = sample_tokens(model, FLAGS.num_tokens)
+    calibration = calibrate(model, tokens)
+    if stated is not None:
+        policy: Any = stated.policy
+        calibration = with_curves(model, calibration, policy, tokens)
+    if directory is not None:
+        save(calibration, directory)
+    about = f"{model.config.name} ({model.dtype}), {calibration.num_tokens} tokens:"
+    if stated is None:
+        show_columns(about, calibration, model.config.head_dim)
+    else:
+        show_loss(about, calibration, stated)
+    if directory is not None:
+        print(f"\nwrote {directory}")
+
+
+def show_columns(about: str, calibration: Calibration, dim: int) -> None:
+    """How much of the magnitude the kept columns hold, by layer."""
+    print(f"{about} magnitude in {columns_kept(dim)} of {dim} columns, before and after the skew\n")
     print(f"{'layer':<8}{'|Q| before':>12}{'after':>8}{'|K| before':>14}{'after':>8}")
     shares = zip(*concentration(calibration, skew=False), *concentration(calibration), strict=True)
     for layer, (query, key, skewed_query, skewed_key) in enumerate(shares):
         print(f"{layer:<8}{query:>12.1%}{skewed_query:>8.1%}{key:>14.1%}{skewed_key:>8.1%}")
-    print(f"\nwrote {directory}")
+
+
+def show_loss(about: str, calibration: Calibration, stated: Strategy) -> None:
+    """What is read and missed with the alpha for a loss, by layer, beside an alpha of its own for every layer. Raises SpecError."""
+    policy: Any = stated.policy
+    curves, found = curves_of(calibration, policy), for_loss(stated, calibration)
+    chosen: Any = found.policy
+    own = alpha_by_layer(curves, policy.loss)
+    (read, missed), (own_read, own_missed) = curves.at(chosen.alpha), curves.at(own)
+    print(f"{about} tokens read of {curves.held:.0f} held, and attention missed\n")
+    print(f"{'':<8}{'one alpha for all':^24}{'an alpha for each layer':^26}")
+    print(f"{'layer':<8}{'alpha':>8}{'read':>8}{'missed':>8}{'alpha':>10}{'read':>8}{'missed':>8}")
+    for layer, *values in zip(curves.layers, read, missed, own, own_read, own_missed, strict=True):
+        print(f"{layer:<8}{_cells(chosen.alpha, values[0], values[1])}  {_cells(*values[2:])}")
+    print(f"{'mean':<8}{_cells(chosen.alpha, read.mean(), missed.mean())}  {_cells(own.mean(), own_read.mean(), own_missed.mean())}")
+    saved = 1 - own_read.mean() / read.mean()
+    print(f"\nan alpha for each layer would read {saved:.1%} less for the same loss; one for all is what strategies take:\n")
+    print(f'    --strategy="{found.describe()}"')
+
+
+def _cells(alpha: float, read: float, missed: float) -> str:
+    return f"{alpha:>8.2f}{read:>8.1f}{missed:>8.2%}"
 
 
 def main(argv: list[str]) -> None:

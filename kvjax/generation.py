@@ -26,7 +26,7 @@ from kvjax.kernels.dispatch import current_device
 from kvjax.models import Decoder, Model
 from kvjax.models.guide import Guide, guides
 from kvjax.runtime.forward import forward, scratch, warm
-from kvjax.sampling import NOT_FINITE, Sampling
+from kvjax.sampling import NOT_FINITE, Sampling, SamplingArrays, as_arrays, choose, per_row
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray
 PrefillMode = Literal["faithful", "bounded"]
@@ -84,7 +84,7 @@ def generate(
     *,
     strategy: str | Strategy = "full",
     max_new_tokens: int = 64,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling | Sequence[Sampling] = Sampling(),
     seed: int | Sequence[int] | np.ndarray = 0,
     stop_tokens: Sequence[int] | None = None,
     prefill: PrefillPlan = PrefillPlan(),
@@ -95,6 +95,7 @@ def generate(
     Args:
       prompts: texts, or token ids; rows may differ in length.
       strategy: a spec string such as `h2o(heavy=0.1,recent=0.1)`, or a Strategy of your own.
+      sampling: how to choose tokens: one for all rows, or one each; rows that sample may stand beside greedy ones.
       seed: row b samples with seed + b, or with entry b of several; whole numbers from 0 that fit 32 bits with a sign.
       stop_tokens: ids that end a row; None: the model's own.
       steps_per_call: decode steps per call of the compiled program; tokens become known that many at a time.
@@ -104,7 +105,8 @@ def generate(
 
     Raises:
       SpecError: an unknown strategy or option.
-      InputError: no prompts, an empty prompt, ids outside the vocabulary, or more tokens than the model has positions for.
+      InputError: no prompts, an empty prompt, ids outside the vocabulary, more tokens than the model has positions for, or a number of
+        seeds or samplings that is not that of the prompts.
       NotFiniteError: logits that are infinite or no numbers: what is chosen from them means nothing.
     """
     began = time.perf_counter()
@@ -127,7 +129,7 @@ def stream(
     *,
     strategy: str | Strategy = "full",
     max_new_tokens: int = 64,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling | Sequence[Sampling] = Sampling(),
     seed: int | Sequence[int] | np.ndarray = 0,
     stop_tokens: Sequence[int] | None = None,
     prefill: PrefillPlan = PrefillPlan(),
@@ -150,33 +152,32 @@ def stream(
     tokens, lengths = encode(model, prompts)
     check_positions(model, int(lengths.max()), max_new_tokens)
     stops = tuple(model.config.stop_tokens) if stop_tokens is None else checks.token_set("stop_tokens", stop_tokens)
-    seeds = checks.seeds(seed, len(lengths))
+    arrays = as_arrays(per_row(sampling, len(lengths), "prompts"), checks.seeds(seed, len(lengths)))
     if buckets and prefill.chunk is None:
         longest = min(bucket(tokens.shape[1]), model.config.max_position - room)
         tokens = np.pad(tokens, ((0, 0), (0, longest - tokens.shape[1])))
         room = min(bucket(room), model.config.max_position - longest)
-    return _stream(model, tokens, lengths, strategy, max_new_tokens, sampling, seeds, stops, prefill, steps_per_call, room)
+    return _stream(model, tokens, lengths, strategy, max_new_tokens, arrays, stops, prefill, steps_per_call, room)
 
 
 def _stream(
     model: Model, tokens: Int[np.ndarray, "B N"], lengths: Int[np.ndarray, " B"], strategy: Strategy, max_new_tokens: int,
-    sampling: Sampling, row_seeds: Int[np.ndarray, " B"], stops: tuple[int, ...], prefill: PrefillPlan, steps_per_call: int, room: int,
+    sampling: SamplingArrays | None, stops: tuple[int, ...], prefill: PrefillPlan, steps_per_call: int, room: int,
 ) -> Iterator[Emitted]:  # fmt: skip
     """`stream`, once its arguments are known to be good."""
-    seeds = jax.device_put(row_seeds, model.placement)
-
+    sampling = jax.device_put(sampling, model.placement)
     logits, kv = run_prefill(model, strategy, tokens, lengths, room, prefill)
-    token = first_token(sampling, logits, seeds, kv.length)
+    token = first_token(logits, kv.length, sampling)
     remaining = left_after(jax.device_put(np.full(token.shape, max_new_tokens, np.int32), model.placement), token, stops)
     yield Emitted(_finite(model, strategy, np.asarray(token)[:, None], 0), kv)
     done = 1
     while done < max_new_tokens and bool(np.asarray(remaining).any()):
         steps = min(steps_per_call, max_new_tokens - done)
         if is_driven(strategy):
-            kv, token, remaining, out = driven_steps(model, strategy, sampling, stops, steps, kv, token, remaining, seeds)
+            kv, token, remaining, out = driven_steps(model, strategy, stops, steps, kv, token, remaining, sampling)
         else:
-            arguments = (model.params, kv, token, remaining, seeds, steps)
-            kv, token, remaining, out = decode_steps(model.decoder, strategy, sampling, stops, steps_per_call, *arguments)
+            arguments = (model.params, kv, token, remaining, sampling, steps)
+            kv, token, remaining, out = decode_steps(model.decoder, strategy, stops, steps_per_call, *arguments)
         yield Emitted(_finite(model, strategy, np.asarray(out)[:, :steps], done), kv)
         done += steps
 
@@ -341,8 +342,9 @@ def _allocated(model: Model, strategy: Strategy, lengths, longest: int, max_new:
 
 
 def warm_up(
-    model: Model, strategy: Strategy, *, batch: int, prompt_len: int, max_new: int, sampling: Sampling = Sampling(),
-    stop_tokens: Sequence[int] | None = None, prefill: PrefillPlan = PrefillPlan(), steps_per_call: int = 1,
+    model: Model, strategy: Strategy, *, batch: int, prompt_len: int, max_new: int,
+    sampling: Sampling | Sequence[Sampling] = Sampling(), stop_tokens: Sequence[int] | None = None,
+    prefill: PrefillPlan = PrefillPlan(), steps_per_call: int = 1,
 ) -> None:  # fmt: skip
     """Compiles all that `stream` runs for a batch of prompts of this length; where layers are called one by one, without computing it."""
     strategy = as_strategy(strategy)
@@ -355,15 +357,15 @@ def warm_up(
         kv = _allocated(model, strategy, lengths, prompt_len, max_new)
         logits = warm(model.decoder, model.params, jax.device_put(tokens, model.placement), kv, step)[:, 0]
         kv = _allocated(model, strategy, lengths, prompt_len, max_new)
-    seeds = jax.device_put(np.arange(batch, dtype=np.int32), model.placement)
-    token = first_token(sampling, logits, seeds, kv.length)
+    arrays = jax.device_put(as_arrays(per_row(sampling, batch, "rows"), np.arange(batch, dtype=np.int32)), model.placement)
+    token = first_token(logits, kv.length, arrays)
     remaining = left_after(jax.device_put(np.full(batch, 3, np.int32), model.placement), token, stops)
     for _ in range(2 if max_new > 1 else 0):
         if is_driven(strategy):
-            kv, token, remaining, _ = driven_steps(model, strategy, sampling, stops, 1, kv, token, remaining, seeds)
+            kv, token, remaining, _ = driven_steps(model, strategy, stops, 1, kv, token, remaining, arrays)
         else:
-            arguments = model.params, kv, token, remaining, seeds, 1
-            kv, token, remaining, _ = decode_steps(model.decoder, strategy, sampling, stops, steps_per_call, *arguments)
+            arguments = model.params, kv, token, remaining, arrays, 1
+            kv, token, remaining, _ = decode_steps(model.decoder, strategy, stops, steps_per_call, *arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -450,9 +452,9 @@ def settle_layer(
     return strategy.settle_layer(source, target, staged.length, empty, guide)
 
 
-@partial(jax.jit, static_argnums=0)
-def first_token(sampling: Sampling, logits, seeds, positions) -> Int[Array, " B"]:
-    return sampling.choose(logits, seeds, positions)
+@jax.jit
+def first_token(logits, positions, sampling: SamplingArrays | None = None) -> Int[Array, " B"]:
+    return choose(logits, positions, sampling)
 
 
 def left_after(remaining: Int[Array, " B"], token: Int[Array, " B"], stops: tuple[int, ...]) -> Int[Array, " B"]:
@@ -464,38 +466,38 @@ def left_after(remaining: Int[Array, " B"], token: Int[Array, " B"], stops: tupl
 def decode_steps(
     decoder: Decoder,
     strategy: Strategy,
-    sampling: Sampling,
     stops: tuple[int, ...],
     most: int,
     params,
     kv: KVState,
     token: Int[Array, " B"],
     remaining: Int[Array, " B"],
-    seeds: Int[Array, " B"],
+    sampling: SamplingArrays | None = None,
     steps: int | None = None,
 ) -> tuple[KVState, Int[Array, " B"], Int[Array, " B"], Int[Array, "B most"]]:
     """Up to `most` tokens for every row that still wants some, with the cache updated in place; `steps`: only so many this time.
 
-    Takes the memory of `kv`, `token` and `remaining` over. One program serves all `steps`.
+    Takes the memory of `kv`, `token` and `remaining` over. One program serves all `steps`; without `sampling` (all rows greedy) it is one
+    that does not draw, and with it one that serves every setting.
 
     Returns the state, the last token of each row, what each row still wants, and the tokens (-1 where a row had finished).
     """
     steps = most if steps is None else steps
     if decoder.stringing == "unroll":
-        return unrolled_steps(decoder, strategy, sampling, stops, most, params, kv, token, remaining, seeds, np.int32(steps))
+        return unrolled_steps(decoder, strategy, stops, most, params, kv, token, remaining, sampling, np.int32(steps))
     out = []
     for _ in range(steps):
         step, column = _decode_step(strategy, token, remaining)
         logits, kv = forward(decoder, params, column, kv, step)
-        token, remaining, fresh = _next_token(sampling, stops, logits, token, remaining, seeds, kv.length)
+        token, remaining, fresh = _next_token(stops, logits, token, remaining, kv.length, sampling)
         out.append(fresh)
     return kv, token, remaining, out[0][:, None] if most == 1 else jnp.stack(out + [out[-1]] * (most - steps), axis=1)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(6, 7, 8))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6, 7))
 def unrolled_steps(
-    decoder: Decoder, strategy: Strategy, sampling: Sampling, stops: tuple[int, ...], most: int, params, kv: KVState,
-    token: Int[Array, " B"], remaining: Int[Array, " B"], seeds: Int[Array, " B"], steps: Int[Array, ""],
+    decoder: Decoder, strategy: Strategy, stops: tuple[int, ...], most: int, params, kv: KVState,
+    token: Int[Array, " B"], remaining: Int[Array, " B"], sampling: SamplingArrays | None, steps: Int[Array, ""],
 ) -> tuple[KVState, Int[Array, " B"], Int[Array, " B"], Int[Array, "B most"]]:  # fmt: skip
     """`decode_steps` in one program, which ends early when no row wants more."""
 
@@ -503,7 +505,7 @@ def unrolled_steps(
         active = remaining > 0
         result: Any = decoder.apply(params, token[:, None], kv, Decode(active, strategy))
         logits, kv = result
-        token = jnp.where(active, sampling.choose(logits[:, 0], seeds, kv.length), token)
+        token = jnp.where(active, choose(logits[:, 0], kv.length, sampling), token)
         return kv, token, left_after(remaining, token, stops), jnp.where(active, token, -1)
 
     if most == 1:  # no loop around a host store: XLA does not move host memory through loops everywhere
@@ -525,14 +527,14 @@ def unrolled_steps(
 
 
 def driven_steps(
-    model: Model, strategy: Strategy, sampling: Sampling, stops: tuple[int, ...], steps: int, kv: KVState, token: Int[Array, " B"],
-    remaining: Int[Array, " B"], seeds: Int[Array, " B"],
+    model: Model, strategy: Strategy, stops: tuple[int, ...], steps: int, kv: KVState, token: Int[Array, " B"],
+    remaining: Int[Array, " B"], sampling: SamplingArrays | None = None,
 ) -> tuple[KVState, Int[Array, " B"], Int[Array, " B"], Int[Array, "B steps"]]:  # fmt: skip
     """`decode_steps` for a host that drives the layers."""
     out = []
     for _ in range(steps):
         logits, kv = host_driven.decode(model, strategy, kv, token, remaining > 0)
-        token, remaining, fresh = _next_token(sampling, stops, logits, token, remaining, seeds, kv.length)
+        token, remaining, fresh = _next_token(stops, logits, token, remaining, kv.length, sampling)
         out.append(fresh)
     return kv, token, remaining, jnp.stack(out, axis=1)
 
@@ -542,10 +544,10 @@ def _decode_step(strategy: Strategy, token: Int[Array, " B"], remaining: Int[Arr
     return Decode(remaining > 0, strategy), token[:, None]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _next_token(sampling: Sampling, stops: tuple[int, ...], logits, token, remaining, seeds, length):
+@partial(jax.jit, static_argnums=0)
+def _next_token(stops: tuple[int, ...], logits, token, remaining, length, sampling: SamplingArrays | None):
     active = remaining > 0
-    token = jnp.where(active, sampling.choose(logits[:, 0], seeds, length), token)
+    token = jnp.where(active, choose(logits[:, 0], length, sampling), token)
     return token, left_after(remaining, token, stops), jnp.where(active, token, -1)
 
 
@@ -557,8 +559,8 @@ def decode_program(model: Model, strategy: Strategy, sampling: Sampling, kv: KVS
     batch = kv.length.shape[0]
     row, count = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     abstract = jax.tree.map(jax.typeof, kv)  # which tells host memory from the device's
-    arguments = model.params, abstract, row, row, row, count
-    return unrolled_steps.lower(model.decoder, strategy, sampling, (), steps, *arguments).compile()
+    arrays = as_arrays([sampling] * batch, np.zeros(batch, np.int32))
+    return unrolled_steps.lower(model.decoder, strategy, (), steps, model.params, abstract, row, row, arrays, count).compile()
 
 
 def decode_scratch(model: Model, strategy: Strategy, sampling: Sampling, kv: KVState) -> int | None:

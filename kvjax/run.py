@@ -19,7 +19,8 @@ A strategy is a name, or a name with arguments. An int is tokens, a float is a f
     oracle_topk(k=0.2)                keeps all, reads the exact top k: the upper bound
     h2o+paged                         any of them in the paged store; or --store=paged for all that name none
     offload                           everything in host memory, fetched whole layer by layer: full+host
-    infinigen(alpha=8,budget=0.2)     everything in host memory; guesses one layer ahead which tokens matter and fetches those
+    infinigen(alpha=8,budget=0.2)     everything in host memory; guesses one layer ahead which tokens matter and fetches those;
+                                      infinigen(loss=0.05): reads so much that this share of attention is missed (kvjax.calibrate)
     infinigen_paper(alpha=4)          the rule as published
 
 The default model ships with kvjax. Its prompts state facts, put Python source between them and ask for the facts afterwards, so the table
@@ -34,7 +35,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -45,6 +46,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvjax import calibrate, checks, compilation
 from kvjax.cache import STORES, HostStore, Strategy, parse_strategy, split_specs
+from kvjax.cache.policies import InfiniGen
 from kvjax.cache.stores import TRANSFERS
 from kvjax.command import Printer, answered, fail, notice, start
 from kvjax.engine import load, metrics, offline, serve
@@ -188,7 +190,7 @@ def run(console: Console) -> None:
         model = load_model(FLAGS.model, dtype=FLAGS.dtype, random_weights=FLAGS.random_weights)
         parameters.check_finite(model.params, model.config.name)
         calibrations.clear()
-        measure(console, model, chosen, sampling, output_dir, profile_dir)
+        measure(console, model, for_losses(model, chosen, console), sampling, output_dir, profile_dir)
 
 
 @contextlib.contextmanager
@@ -228,14 +230,32 @@ calibrations: list[calibrate.Calibration] = []
 """Of this run's model, once one was needed."""
 
 
-def guided(model: Model, strategy: Strategy, console: Console) -> Model:
-    """The model as the strategy needs it; what takes a calibration shares one."""
-    if not strategy.policy.speculates:
-        return model
+def calibration_of(model: Model, console: Console) -> calibrate.Calibration:
+    """The one of this run."""
     if not calibrations:
         with console.status("calibrating"):
             calibrations.append(calibrate.calibrate(model) if FLAGS.calibration is None else calibrate.load(FLAGS.calibration, model))
-    return calibrate.calibrated(model, strategy, calibrations[0])
+    return calibrations[0]
+
+
+def guided(model: Model, strategy: Strategy, console: Console) -> Model:
+    """The model as the strategy needs it; what takes a calibration shares one."""
+    return calibrate.calibrated(model, strategy, calibration_of(model, console)) if strategy.policy.speculates else model
+
+
+def for_losses(model: Model, chosen: list[Strategy], console: Console) -> list[Strategy]:
+    """The strategies, with an alpha where they state a loss (infinigen); a saved calibration has to have what that takes."""
+    found = []
+    for strategy in chosen:
+        if (loss := getattr(strategy.policy, "loss", None)) is not None:
+            calibration, policy = calibration_of(model, console), cast(InfiniGen, strategy.policy)
+            if FLAGS.calibration is None:
+                with console.status(f"measuring what loss={loss} takes"):
+                    calibration = calibrate.with_curves(model, calibration, policy)
+            named, strategy = strategy.describe(), calibrate.for_loss(strategy, calibration)
+            console.print(f"{named} is {strategy.describe()}", highlight=False)
+        found.append(strategy)
+    return found
 
 
 def check_flags(under_load: bool) -> None:
@@ -318,7 +338,8 @@ def serve_one(console: Console, engine: Engine, requests: load.Load) -> serve.Se
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(f"{name}: compiling", total=None)
         lengths = [len(r.prompt) for r in requests.requests]
-        engine.warm_up(lengths, lambda what: progress.update(task, description=f"{name}: compiling {what}"))
+        samples = any((r.sampling or engine.sampling).temperature for r in requests.requests)
+        engine.warm_up(lengths, lambda what: progress.update(task, description=f"{name}: compiling {what}"), samples)
         progress.reset(task, total=len(requests.requests))
 
         def report(ended: int, running: int) -> None:

@@ -9,6 +9,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from kvjax import run
+from kvjax.cache import PagedStore, parse_strategy
 from kvjax.command import parse_flags
 from kvjax.engine import offline
 from kvjax.errors import InputError
@@ -71,7 +72,8 @@ def test_records_are_complete(records):
     assert [record["strategy"] for record in records] == ["full", "streaming(sinks=2,window=20)", "h2o(heavy=8,recent=8)"]
     for record in records:
         assert VLLM_KEYS | OWN_KEYS <= set(record)
-        assert not any(isinstance(value, dict | list) for value in record.values()), "the record is flat"
+        nested = {key for key, value in record.items() if isinstance(value, dict | list)}
+        assert nested == {"strategy_identity"}, "the record is flat but for what the strategy is"
         assert (record["completed"], record["total_input_tokens"], record["total_output_tokens"]) == (3, 192, 12)
         assert record["output_throughput"] == pytest.approx(12 / record["duration"])
 
@@ -137,6 +139,9 @@ REFUSED = [
     (["--strategy=h2o(hevy=1)"], "strategy h2o has no argument 'hevy'; it takes heavy, recent"),
     (["--strategy=h2o(heavy=2.5)"], "h2o: heavy=2.5 is not a fraction"),
     (["--compare=full,full"], "strategy full is named twice"),
+    (["--compare=vllm,full+paged(64)"], "strategy vllm is named twice"),
+    (["--strategy=h2o+paged(size=16)"], "the paged store has no option 'size'; it takes page_size, extents"),
+    (["--strategy=h2o+int3"], "unknown store or codec 'int3'"),
     (["--compare="], "no strategy given"),
     (["--budget=lots"], "--budget=lots: give a whole number of tokens (256) or a fraction of the prompt (0.2)"),
     (["--budget=0"], "--budget=0: give a whole number"),
@@ -270,3 +275,23 @@ def test_help_shows_the_flags_and_the_spec_strings():
     process = subprocess.run([sys.executable, "-m", "kvjax.run", "--help"], capture_output=True, text=True, timeout=100)
     for words in ("Measures KV-cache strategies", "h2o(heavy=0.1,recent=0.1)", "--compare:", "--profile_dir:", "--[no]random_weights:"):
         assert words in process.stdout
+
+
+def test_stores_that_differ_in_an_option_are_compared_and_say_so(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "kvjax.run",
+        *SMALL,
+        "--noquality",
+        "--compare=vllm,full+paged(16)",
+        f"--output_dir={tmp_path / 'out'}",
+    ]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (process.returncode, process.stderr) == (0, "")
+    found = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
+    assert [record["strategy"] for record in found] == ["vllm", "full+paged(16)"]
+    assert [record["strategy_identity"]["options"]["page_size"] for record in found] == [64, 16]
+    assert [parse_strategy(record["strategy"]).store for record in found] == [PagedStore(64), PagedStore(16)]
+    fragments = [record["kv_device_fragmentation_bytes"] for record in found]
+    assert fragments[0] > fragments[1]

@@ -52,7 +52,7 @@ def test_run_succeeds_and_prints_one_table(finished):
 def test_records_series_and_requests_agree(finished):
     out = finished[1] / "out"
     records, series, requests = (read(out / name) for name in ("records.jsonl", "series.jsonl", "requests.jsonl"))
-    assert [(r["strategy"], r["store"]) for r in records] == [("vllm", "paged"), ("h2o(heavy=8,recent=8)", "dense")]
+    assert [(r["strategy"], r["store"]) for r in records] == [("full+paged(16)", "paged"), ("h2o(heavy=8,recent=8)", "dense")]
     for record in records:
         assert VLLM_KEYS | OWN_KEYS <= set(record)
         assert (record["completed"], record["failed"], record["complete"], record["request_rate"]) == (9, 0, True, 40.0)
@@ -70,10 +70,10 @@ def test_records_series_and_requests_agree(finished):
     assert first == second, "the load is the same for every strategy"
 
 
-@pytest.mark.parametrize("strategy", ["vllm", "h2o(heavy=8_recent=8)"])
+@pytest.mark.parametrize("strategy", ["full+paged(16)", "h2o(heavy=8_recent=8)"])
 def test_trace_has_the_scopes(finished, strategy):
     times = profile.scope_times(finished[1] / "trace" / strategy)
-    for scope in ("prefill/attend", "decode/attend", "decode/write", *(() if strategy == "vllm" else ("decode/evict",))):
+    for scope in ("prefill/attend", "decode/attend", "decode/write", *(() if strategy == "full+paged(16)" else ("decode/evict",))):
         assert times[scope].events > 0
 
 
@@ -130,7 +130,7 @@ def test_interrupt_before_the_second_strategy_serves(invoke, monkeypatch, tmp_pa
         invoke(*LOAD, "--compare=vllm,full", "--request_rate=inf", f"--output_dir={tmp_path}")
     assert stopped.value.code == 130
     (record,) = read(tmp_path / "records.jsonl")
-    assert (record["strategy"], record["complete"], record["completed"]) == ("vllm", True, 9)
+    assert (record["strategy"], record["complete"], record["completed"]) == ("full+paged(16)", True, 9)
     assert len(read(tmp_path / "requests.jsonl")) == 9
 
 
@@ -147,7 +147,7 @@ def test_a_run_in_which_everything_failed_does_not_succeed(invoke, monkeypatch, 
     with pytest.raises(SystemExit) as stopped:
         invoke(*LOAD, "--strategy=vllm", "--request_rate=inf", f"--output_dir={tmp_path}")
     assert stopped.value.code == 1
-    assert "vllm: none of the 9 requests was completed; the first: error: logits are not finite" in capsys.readouterr().err
+    assert "full+paged(16): none of the 9 requests was completed; the first: error: logits are not finite" in capsys.readouterr().err
     record = json.loads((tmp_path / "record.json").read_text("utf-8"), parse_constant=lambda word: pytest.fail(word))
     assert (record["completed"], record["failed"], record["refused"]) == (0, 9, 0)
     assert (tmp_path / "load.png").exists()

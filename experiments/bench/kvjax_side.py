@@ -26,7 +26,6 @@ from kvjax.generation import as_strategy, decode_steps, first_token, run_prefill
 from kvjax.models import Model
 from kvjax.models.hugging_face import save_directory
 from kvjax.models.parameters import map_with_path
-from kvjax.sampling import Sampling
 
 PRESET = "bench-32m"
 STRATEGIES = {
@@ -35,7 +34,6 @@ STRATEGIES = {
     "kvjax-h2o": "h2o(heavy=0.1,recent=0.1)",
     "kvjax-h2o-256": "h2o(heavy=128,recent=128)",
 }
-_GREEDY = Sampling()
 _EMBEDDING_SCALE = 50.0
 """Brings the embeddings' standard deviation from 0.02 to 1, the size of what layers add: then each token depends on the one before."""
 
@@ -70,7 +68,7 @@ class Prompts:
         key = (strategy.describe(), batch, context)
         if key not in self._prefilled:
             logits, kv = run_prefill(self.model, strategy, *self.tokens(batch, context), self.steps)
-            token = first_token(_GREEDY, logits, _seeds(batch), kv.length)
+            token = first_token(logits, kv.length)
             self._prefilled[key] = jax.block_until_ready((kv, token, jnp.full(batch, self.steps, jnp.int32)))
         return self._prefilled[key]
 
@@ -87,7 +85,6 @@ class Decode:
         self.pid = os.getpid()
         self._source = source
         self._run = self._step_by_step if name == "kvjax-step" else self._at_once
-        self._seeds = _seeds(batch)
 
     def prepare(self) -> None:
         original = self._source.prefilled(self.strategy, self.batch, self.context)
@@ -115,7 +112,7 @@ class Decode:
 
     def _call(self, steps, kv, token, remaining):
         model = self._source.model
-        return decode_steps(model.decoder, self.strategy, _GREEDY, (), steps, model.params, kv, token, remaining, self._seeds)
+        return decode_steps(model.decoder, self.strategy, (), steps, model.params, kv, token, remaining)
 
 
 class Prefill:
@@ -127,7 +124,6 @@ class Prefill:
         self.pid = os.getpid()
         self._source = source
         self._tokens, self._lengths = source.tokens(batch, context)
-        self._seeds = _seeds(batch)
 
     def prepare(self) -> None:
         return
@@ -135,14 +131,10 @@ class Prefill:
     def sample(self) -> Sample:
         began = time.perf_counter()
         logits, kv = run_prefill(self._source.model, self.strategy, self._tokens, self._lengths, self._source.steps)
-        token = np.asarray(first_token(_GREEDY, logits, self._seeds, kv.length))
+        token = np.asarray(first_token(logits, kv.length))
         jax.block_until_ready(kv)
         seconds = time.perf_counter() - began
         return Sample(seconds, _rows(token, np.empty((self.batch, 0), np.int32)))
-
-
-def _seeds(batch: int) -> jax.Array:
-    return jnp.arange(batch, dtype=jnp.int32)
 
 
 def _rows(first: np.ndarray, rest: np.ndarray) -> tuple[tuple[int, ...], ...]:

@@ -42,12 +42,10 @@ from kvjax.files import json_lines, replace
 from kvjax.generation import cache_shape, decode_steps, first_token, run_prefill
 from kvjax.models import Model
 from kvjax.report.record import setting
-from kvjax.sampling import Sampling
 
 FLAGS = flags.FLAGS
 BAR, BAR_PAGE_SIZE = 1.10, PagedStore().page_size
 _BENCH_32M = [f"{kvjax_side.PRESET}:{batch}:{context}" for batch in (1, 8) for context in (512, 1024, 2048)]
-_GREEDY = Sampling()
 
 
 def define_flags() -> None:
@@ -93,7 +91,6 @@ class Decode:
         self.name = strategy.describe()
         self.strategy, self.pid = strategy, os.getpid()
         self._model, self._start, self._steps = model, start, steps
-        self._seeds = jnp.arange(len(start.token), dtype=jnp.int32)
 
     def prepare(self) -> None:
         start = self._start
@@ -104,7 +101,7 @@ class Decode:
         del self._given
         model = self._model
         began = time.perf_counter()
-        end = decode_steps(model.decoder, self.strategy, _GREEDY, (), self._steps, model.params, kv, token, remaining, self._seeds)
+        end = decode_steps(model.decoder, self.strategy, (), self._steps, model.params, kv, token, remaining)
         jax.block_until_ready(end)
         seconds = time.perf_counter() - began
         return Sample(seconds / self._steps, tuple(tuple(int(t) for t in row) for row in np.asarray(end[-1])))
@@ -115,7 +112,7 @@ def prefilled(model: Model, policy: Policy, cell: Cell, steps: int) -> Start:
     length = cell.context - steps
     rows = np.array(prompts.prompt(cell.batch, length, model.config.vocab_size), np.int32)
     logits, kv = run_prefill(model, Strategy(policy), rows, np.full(cell.batch, length, np.int32), steps)
-    token = first_token(_GREEDY, logits, jnp.arange(cell.batch, dtype=jnp.int32), kv.length)
+    token = first_token(logits, kv.length)
     return jax.block_until_ready(Start(kv, token, jnp.full(cell.batch, steps, jnp.int32)))
 
 

@@ -14,19 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from kvjax.kernels.dispatch import Name
-from kvjax.kernels.gather import cases as gather_cases
 from kvjax.kernels.gather import gather_rows
-from kvjax.kernels.h2o_evict import cases as h2o_cases
 from kvjax.kernels.h2o_evict import h2o_evict
-from kvjax.kernels.paged_attention import cases as paged_cases
-from kvjax.kernels.prefill_attention import cases as prefill_cases
 from kvjax.kernels.prefill_attention import column_mass, prefill_attention
 from kvjax.kernels.prefill_attention import mosaic_gpu as prefill_gpu
-from kvjax.kernels.speculate import cases as speculate_cases
 from kvjax.kernels.speculate import speculate
 
 from experiments.gpu.book import Book, Record, table
 from kvjax.files import replace
+from tests.kernels.gather import cases as gather_cases
+from tests.kernels.h2o_evict import cases as h2o_cases
+from tests.kernels.paged_attention import cases as paged_cases
+from tests.kernels.prefill_attention import cases as prefill_cases
+from tests.kernels.speculate import cases as speculate_cases
 
 Verify = Callable[[np.random.Generator, Name], None]
 PagedCase = paged_cases.Case
@@ -47,8 +47,8 @@ LARGE_PREFILL = (
     PrefillCase(counts=(512, 100), starts=(3000, 1), queries=512, keys=3584, kv_heads=2, group=4, dim=128),
 )
 LARGE_H2O = (
-    h2o_cases.Case(size=128, pages=13, heads=8, group=4, dim=128, recent=160),
-    h2o_cases.Case(size=26240, pages=1, heads=1, group=4, dim=128, recent=1000),
+    h2o_cases.Case(capacity=1664, heads=8, group=4, recent=160),
+    h2o_cases.Case(capacity=26240, heads=1, group=4, recent=1000),
 )
 LARGE_SPECULATE = (
     speculate_cases.Case(capacity=8192, heads=8, group=4, dim=38, counts=(8192, 8191, 1), limit=1638),
@@ -95,8 +95,8 @@ def cases(dry_run: bool) -> Iterator[tuple[str, str, Name, Verify]]:
     for operation, verify in _repeated().items():
         yield f"{operation} mosaic_gpu twice the same", operation, "mosaic_gpu", verify
     for config in prefill_gpu.CONFIGS:
-        case = PrefillCase(counts=(700, 260), kv_heads=2, group=2, dim=128)
-        yield f"column_mass mosaic_gpu {config}", "column_mass", "mosaic_gpu", partial(_mass_with, config, case)
+        prompts = PrefillCase(counts=(700, 260), kv_heads=2, group=2, dim=128)
+        yield f"column_mass mosaic_gpu {config}", "column_mass", "mosaic_gpu", partial(_mass_with, config, prompts)
 
 
 def _listed(implementation: Name) -> dict[str, dict[str, Verify]]:

@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from kvjax.kernels import shapes
-
 from experiments.bench.peers.client import PYTHON_VARIABLE
 from experiments.gpu import decode
 from experiments.gpu.book import Book, Record, table
 from experiments.gpu.kernels import TOY
 from kvjax.files import replace
 from kvjax.models.config import ModelConfig, preset
+from tests.kernels import shapes
 
 SCRIPT = pathlib.Path(__file__).with_name("torch_peer.py")
 TIMEOUT_SECONDS = 400

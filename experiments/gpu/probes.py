@@ -19,15 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compute_on import compute_on
-from kvjax.kernels import shapes
 from kvjax.kernels.gather import gather_rows
-from kvjax.kernels.shapes import Geometry
 
 from experiments.gpu import kernels
 from experiments.gpu.book import Book, Record
 from experiments.gpu.kernels import TOY, normal
 from experiments.gpu.timing import measure
 from kvjax.files import replace
+from tests.kernels import shapes
+from tests.kernels.shapes import Geometry
 
 
 def perform(book: Book, dry_run: bool) -> None:

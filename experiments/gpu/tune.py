@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import jax
-from kvjax.kernels import dispatch, shapes, tuned
+from kvjax.kernels import dispatch, tuned
 from kvjax.kernels.gather import mosaic_gpu as gather_gpu
 from kvjax.kernels.h2o_evict import mosaic_gpu as h2o_gpu
 from kvjax.kernels.paged_attention import mosaic_gpu as paged_gpu
@@ -26,6 +26,7 @@ from experiments.gpu.book import Book, Record, table
 from experiments.gpu.kernels import TOY, Job
 from experiments.gpu.timing import measure, sets_for
 from kvjax.files import replace
+from tests.kernels import shapes
 
 GAIN = 0.98
 Config = dict[str, int]

@@ -2,14 +2,18 @@
 
     python -m experiments.infinigen.real_model
     python -m experiments.infinigen.real_model --part=layers --rows=2
+    python -m experiments.infinigen.real_model --part=thresholds --skip_rows=4 --rows=8 --output_dir=runs/thresholds
 
   layers    layer by layer, on queries, keys and attention inputs of whole rows of text: the attention that `tokens` tokens a kv head miss
             when they are chosen in several ways, from the published one to the truth. Nothing is decoded, so no layer sees what another
             has lost.
   frontier  decoded, teacher-forced: how far predictions are from the full cache's, against tokens read and bytes moved, of the published
             rule, of the steps from it to today's, and of what it competes with.
+  thresholds  only when it is named: one alpha for all layers against an alpha for each, both chosen for a stated loss on the calibration's
+            sample (kvjax.thresholds) and compared on the text, by tokens read for the same attention missed. And decoded with the one
+            alpha: how much is missed then, and the divergence.
 
-The text is prose (`pydoc_data.topics`), unless --text names a file; calibration sees its own sample, Python source. Both parts write
+The text is prose (`pydoc_data.topics`), unless --text names a file; calibration sees its own sample, Python source. All parts write
 records.jsonl, one line a result, and do not measure again what stands there.
 """
 
@@ -29,18 +33,20 @@ from matplotlib.ticker import NullFormatter
 
 from experiments.infinigen.study import COLOURS
 from kvjax.cache import Full, HostStore, ledger, parse_strategy
-from kvjax.calibrate import Calibration, calibrate, calibrated, captured, kept_columns
+from kvjax.calibrate import Calibration, calibrate, calibrated, captured, curves_of, kept_columns, with_curves
 from kvjax.command import fail, parse_flags
 from kvjax.errors import InputError, KvjaxError
+from kvjax.files import plain
 from kvjax.generation import run_prefill
 from kvjax.models import Model, load_model
 from kvjax.models.decoder import rope_angles, rotate
 from kvjax.quality import fidelity
 from kvjax.quality.forced import fed_forced, strategy_of
 from kvjax.quality.speculation import MEASURES
+from kvjax.thresholds import alpha_by_layer, alpha_for
 
 FLAGS = flags.FLAGS
-PARTS = ("layers", "frontier")
+PARTS = ("layers", "frontier", "thresholds")
 GAP = 9_000
 """Tokens between the starts of two rows."""
 
@@ -65,6 +71,8 @@ FRONTIER = (
     ("all columns", tuple(_step(alpha, partial=1.0) for alpha in (7.0, 8.0))),
 )  # fmt: skip
 """Families of the frontier, each a line of the figure."""
+
+THRESHOLDS, LOSSES = ("infinigen(budget=0.5)", "infinigen(budget=0.5,group=max)", "infinigen_paper(budget=0.5)"), (0.1, 0.05, 0.02)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- layers
@@ -203,6 +211,34 @@ def frontier(
             yield {"part": "frontier", "family": family, "strategy": spec, **kept, **record}
 
 
+def thresholds(
+    model: Model, calibration: Calibration, rows: Int[np.ndarray, "R S"], prompt_len: int, done: set[tuple[str, float]]
+) -> Iterator[dict[str, Any]]:
+    """A record for every strategy of THRESHOLDS and loss of LOSSES that is not `done`."""
+    full = None
+    for spec in THRESHOLDS:
+        policy: Any = parse_strategy(spec).policy
+        losses = [loss for loss in LOSSES if (spec, loss) not in done]
+        if not losses:
+            continue
+        sample, text = (curves_of(with_curves(model, calibration, policy, tokens), policy) for tokens in (None, rows))
+        if full is None:
+            full = _fed(model, calibration, "full", rows, prompt_len)[0]
+        for loss in losses:
+            one, each = alpha_for(sample, loss), alpha_by_layer(sample, loss)
+            record: dict[str, Any] = {"part": "thresholds", "strategy": spec, "loss": loss, "alpha": one, "alpha_by_layer": each.tolist()}
+            for name, curves in (("sample", sample), ("text", text)):
+                read, missed = (x.mean() for x in curves.at(each))
+                same = curves.at(alpha_for(curves, missed))[0].mean()
+                record[name] = {"held": curves.held, "missed_by_layer": missed, "read_by_layer": read, "read_by_one": same}
+                record[name] |= {"missed_with_alpha": curves.at(one)[1].mean(), "read_with_alpha": curves.at(one)[0].mean()}
+            chosen = dataclasses.replace(policy, alpha=one).describe()
+            logits, decoded = _fed(model, calibration, chosen, rows, prompt_len)
+            compared = fidelity.Comparison(*(np.asarray(x) for x in fidelity.compare(full, logits, rows[:, prompt_len:]))).summary()
+            decoded = {name: decoded[name] for name in ("read", "moved", "mass_covered")}
+            yield plain(record | decoded | {"kld_mean": compared["kld_mean"].value, "kld_se": compared["kld_mean"].error})
+
+
 def _fed(model: Model, calibration: Calibration, spec: str, rows: Int[np.ndarray, "R S"], prompt_len: int):
     """Logits that predict every token behind the prompt; tokens read and moved per layer that does not read everything."""
     strategy = strategy_of(parse_strategy(spec).policy if spec != "full" else Full())
@@ -265,6 +301,22 @@ def show(records: list[dict[str, Any]]) -> str:
         lines += [f"| {r['layer']} | " + " | ".join(f"{100 * r['missed'][way]:.1f}" for way in WAYS) + " |" for r in by_layer]
         means = (np.mean([r["missed"][way] for r in by_layer]) for way in WAYS)
         lines += ["| mean | " + " | ".join(f"{100 * x:.2f}" for x in means) + " |", ""]
+    compared = [r for r in records if r["part"] == "thresholds"]
+    if compared:
+        lines += [
+            "Tokens read of the text for the same attention missed, with one alpha for all layers and with an alpha for each:",
+            "",
+        ]
+        lines += ["| strategy, loss | missed | one | each | saved | decoded with one alpha of | missed | read | KLD (nats) |"]
+        lines += ["|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    for r in compared:
+        on = r["text"]
+        saved = f"{100 * (1 - on['read_by_layer'] / on['read_by_one']):.1f} %"
+        cells = [f"{on['missed_by_layer']:.4f}", f"{on['read_by_one']:.1f}", f"{on['read_by_layer']:.1f}", saved, f"{r['alpha']:.2f}"]
+        cells += [f"{1 - r['mass_covered']:.4f}", f"{r['read']:.1f}", f"{r['kld_mean']:.4f}"]
+        lines.append(f"| {r['strategy']}, {r['loss']} | {' | '.join(cells)} |")
+    if not any(r["part"] == "frontier" for r in records):
+        return "\n".join(lines)
     lines += ["| strategy | KLD (nats) | same top token | NLL | read | moved | mass |", "|---|--:|--:|--:|--:|--:|--:|"]
     for r in (r for r in records if r["part"] == "frontier"):
         moved, mass = (f"{r[key]:.{digits}f}" if key in r else "" for key, digits in (("moved", 0), ("mass_covered", 3)))
@@ -289,7 +341,7 @@ def text_rows(model: Model, count: int, length: int, path: str | None) -> Int[np
 def define_flags() -> None:
     flags.DEFINE_string("model", "smollm2-135m", "A model with a tokenizer.")
     flags.DEFINE_string("output_dir", "experiments/results/infinigen_real", "Where records, figure and tables go.")
-    flags.DEFINE_list("part", list(PARTS), f"Of {', '.join(PARTS)}.")
+    flags.DEFINE_list("part", list(PARTS[:2]), f"Of {', '.join(PARTS)}.")
     flags.DEFINE_integer("rows", 4, "Rows of text.", lower_bound=1)
     flags.DEFINE_integer("skip_rows", 0, "Rows of the text that are left out before them.", lower_bound=0)
     flags.DEFINE_integer("input_len", 1024, "Tokens of a prompt.", lower_bound=64)
@@ -328,8 +380,13 @@ def run(say: Callable[[str], None] = print) -> None:
         done = {r["strategy"] for r in records if r["part"] == "frontier"}
         for record in frontier(model, calibration, rows, FLAGS.input_len, done):
             add(record)
+    if "thresholds" in FLAGS.part:
+        compared = {(r["strategy"], r["loss"]) for r in records if r["part"] == "thresholds"}
+        for record in thresholds(model, calibration, rows, FLAGS.input_len, compared):
+            add(record)
     (directory / "tables.md").write_text(show(records) + "\n")
-    draw(records, directory / "frontier.svg")
+    if any(r["part"] == "frontier" for r in records):
+        draw(records, directory / "frontier.svg")
     say(show(records))
 
 

@@ -52,16 +52,14 @@ def bare(model: kvjax.Model, spec: str, prompts: np.ndarray) -> Callable[[], lis
     reserve = FLAGS.steps * (FLAGS.rounds + 2)
     logits, kv = run_prefill(model, strategy, prompts, lengths, reserve)
     token = jnp.argmax(logits, -1).astype(jnp.int32)
-    remaining, seeds = jnp.full(len(prompts), reserve + 1, jnp.int32), jnp.zeros(len(prompts), jnp.int32)
+    remaining = jnp.full(len(prompts), reserve + 1, jnp.int32)
     state: list[Any] = [kv, token, remaining]
 
     def sample() -> list[float]:
         times = []
         for _ in range(FLAGS.steps):
             start = time.perf_counter()
-            kv, token, remaining, out = decode_steps(
-                model.decoder, strategy, kvjax.Sampling(), (), 1, model.params, state[0], state[1], state[2], seeds
-            )
+            kv, token, remaining, out = decode_steps(model.decoder, strategy, (), 1, model.params, *state)
             state[:] = kv, token, remaining
             np.asarray(out)
             times.append(time.perf_counter() - start)

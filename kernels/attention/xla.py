@@ -1,6 +1,7 @@
 """Attention in plain JAX, a block of queries at a time: the definition, and what runs where nothing better does."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ from .base import NEG_INF, Attended, Keys, Mask, Observe, capped, softmax_weight
 BLOCK = 64
 """Queries at a time: their logits over some thousand keys stay in a core's cache."""
 
-SEGMENTS = 4
-"""A prompt's blocks come in so many groups; a group sees no keys behind its last query. More save work, and compile longer."""
+SHORT, SEGMENTS = 1024, (4, 8)
+"""Parts of a prompt with a loop each, of one up to SHORT tokens and of a longer one; a part sees no keys behind its last query. More of them
+compute less that nobody sees, and take longer to compile."""
 
 
 def attention(
@@ -24,9 +26,7 @@ def attention(
     aligned = mask.query is None
     batch, length, heads, dim = q.shape
     kv_heads, total = k.shape[1], k.shape[2]
-    query = mask.query
-    if query is None:
-        query = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    query = jnp.arange(length, dtype=jnp.int32)[None] if mask.query is None else mask.query
     counted = jnp.ones((batch, length), bool) if mask.counted is None else mask.counted
     last = jnp.where(counted, query, -1).max(-1) if mask.last is None else mask.last
     grouped = (q * scale).reshape(batch, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)  # [B, Hkv, G, S, D]
@@ -58,14 +58,14 @@ def attention(
         return out, tuple(after)
 
     carry = jnp.zeros(grouped.shape, q.dtype), (jnp.zeros((batch, kv_heads, total), jnp.float32),) * len(observe)
-    each = -(-blocks // SEGMENTS) if aligned else blocks
+    each = -(-blocks // SEGMENTS[length > SHORT]) if aligned else blocks
     for begin in range(0, blocks, each):
         stop = min(begin + each, blocks)
         end = min(stop * block, total) if aligned else total
         if stop - begin == 1:
             carry = turn(end, jnp.int32(begin), carry)
         else:
-            carry = jax.lax.fori_loop(begin, stop, lambda i, carry, end=end: turn(end, i, carry), carry)
+            carry = jax.lax.fori_loop(begin, stop, partial(turn, end), carry)
     out, observed = carry
     out = out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
     if not residuals:

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 
 from ..dispatch import Implementation, Name, Operation
 from . import mosaic_gpu, mosaic_tpu, xla
-from .reference import NEG_INF
 
 OPERATION = Operation(
     "paged_attention",
@@ -138,12 +137,6 @@ def dense_attention(
     if k_scales is not None and v_scales is not None:
         options |= dict(k_scales=k_scales.reshape(-1, 1, size), v_scales=v_scales.reshape(-1, 1, size))
     return paged_attention(q, k_pages, v_pages, tables, lengths, **options)
-
-
-def key_mass(statistics: Statistics) -> jax.Array:
-    """The attention probability every slot received, summed over the queries of its kv head: float32 [B, Hkv, C], H2O's score of a step."""
-    probability = jnp.exp(statistics.logits - statistics.lse[..., None])
-    return jnp.where(statistics.logits > NEG_INF / 2, probability, 0).sum(-2)
 
 
 def _check(q, k_pages, v_pages, tables, lengths, visible, k_scales, v_scales) -> None:

@@ -28,8 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import dispatch, tuned
-from .reference import NEG_INF
-from .xla import seen_slots
+from .base import NEG_INF, seen_slots
 
 TILE = 64  # slots of a tile: the M of a wgmma
 MIN_TILES = 4  # of a split, where the row has them

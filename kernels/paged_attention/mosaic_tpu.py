@@ -18,8 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .reference import NEG_INF
-from .xla import seen_slots
+from .base import NEG_INF, seen_slots
 
 LANES = 128
 PAGES_A_TILE = 8  # at most: each is an input with buffers and a copy of its own

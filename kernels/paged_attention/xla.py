@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from .reference import NEG_INF
+from .base import NEG_INF, seen_slots
 
 
 def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None, k_scales=None, v_scales=None, scale, statistics=False):
@@ -36,11 +36,3 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None,
     if not statistics:
         return out, None, None
     return out, logits, jnp.where(total > 0, highest + jnp.log(total), NEG_INF)
-
-
-def seen_slots(lengths, visible, capacity: int):
-    """Which slots a row reads: bool [B, h, C], h being 1 or Hkv."""
-    seen = jnp.arange(capacity) < lengths[:, None, None]
-    if visible is None:
-        return seen
-    return seen & (visible if visible.dtype == jnp.bool_ else visible >= 0)

@@ -26,7 +26,7 @@ from kvjax.advise.evidence import (
     objective,
 )
 from kvjax.advise.needs import Needs
-from kvjax.report.cells import name_of
+from kvjax.report.fields import family
 from kvjax.report.statistics import Difference
 from kvjax.report.table import human_bytes
 
@@ -90,7 +90,7 @@ def decide(grid: Grid, quality: Quality, needs: Needs, ties: bool = True) -> Dec
     goal = objective(grid, needs)
     by_strategy: dict[str, list[Judged]] = {}
     for candidate in candidates(grid, needs):
-        if name_of(candidate.strategy) not in YARDSTICKS:
+        if family(candidate.strategy) not in YARDSTICKS:
             by_strategy.setdefault(candidate.strategy, []).append(judge(candidate, grid, quality, needs, goal))
     judged = tuple(min(mine, key=functools.partial(_order, sign=goal.sign)) for mine in by_strategy.values())
     able = [one for one in judged if not one.failures]
@@ -269,7 +269,7 @@ def reasons(decision: Decision, grid: Grid) -> list[tuple[str, str]]:
                 found.append((one.name, f"behind: {named.name} is {ahead.text}"))
     judged = {one.name for one in decision.judged}
     for strategy in grid.strategies:
-        if name_of(strategy) in YARDSTICKS:
+        if family(strategy) in YARDSTICKS:
             found.append((strategy, "a yardstick: it reads every key to choose among them, so it saves nothing"))
         elif strategy not in judged:
             found.append((strategy, "not measured at, or on both sides of, the place asked about"))

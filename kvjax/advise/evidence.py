@@ -28,9 +28,11 @@ import numpy as np
 
 from kvjax.advise.needs import Needs, OutsideData
 from kvjax.cache import parse_strategy
+from kvjax.cache.spec import read_identity
 from kvjax.engine.memory import parse_memory
 from kvjax.errors import KvjaxError
-from kvjax.report.cells import Point, Record, name_of, points, policy_of, scales, value
+from kvjax.report.cells import Point, Record, points
+from kvjax.report.fields import family, scales, value
 from kvjax.report.statistics import Difference, paired
 from kvjax.report.table import human_bytes
 
@@ -259,14 +261,14 @@ class Quality:
             if point.get("prefill_mode") == "bounded" or not isinstance(point.get("input_len"), int):
                 continue
             if any(point.mean(key) is not None for key in ("task_recall", "fidelity_kld_mean")):
-                key = (policy_of(point.strategy), point.get("model_id"), point.get("dtype"))
+                key = (point.identity.keep, point.get("model_id"), point.get("dtype"))
                 self._points.setdefault(key, []).append(point)
         self._figures: dict[Any, Figure | str] = {}
 
     def figure(self, candidate: Candidate, key: Literal["task_recall", "fidelity_kld_mean"], length: int) -> Figure | str:
         """Of a candidate at a prompt length; where it is not known, why."""
         point = candidate.ends[0][0]
-        where = (policy_of(candidate.strategy), point.get("model_id"), point.get("dtype"))
+        where = (read_identity(candidate.strategy).keep, point.get("model_id"), point.get("dtype"))
         if (*where, key, length) not in self._figures:
             self._figures[(*where, key, length)] = self._find(where, key, length)
         return self._figures[(*where, key, length)]
@@ -435,7 +437,7 @@ def chosen_grid(records: Sequence[Record], needs: Needs) -> tuple[Grid, Needs, l
         lengths = grid.values("input_len") if needs.input_len is None else [needs.input_len]
         for length in lengths:
             wanted = dataclasses.replace(needs, input_len=length)
-            found = [c for c in candidates(grid, wanted) if name_of(c.strategy) not in YARDSTICKS]
+            found = [c for c in candidates(grid, wanted) if family(c.strategy) not in YARDSTICKS]
             if not found or _memory_problem(grid, found, wanted):
                 continue
             strategies = {c.strategy for c in found}
@@ -481,7 +483,7 @@ def _range(every: Sequence[Grid], needs: Needs) -> str:
     for grid in every:
         for n in [length] if length is not None else grid.values("input_len"):
             wanted = dataclasses.replace(needs, input_len=n)
-            found = [c for c in candidates(grid, wanted) if name_of(c.strategy) not in YARDSTICKS]
+            found = [c for c in candidates(grid, wanted) if family(c.strategy) not in YARDSTICKS]
             if found and (problem := _memory_problem(grid, found, wanted)):
                 return problem
     combined = "; ".join(f"{g.sweep}: {_span(g.values('input_len'))} tokens at {_span(g.values('request_rate'))}" for g in every)

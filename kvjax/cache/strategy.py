@@ -23,13 +23,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.attention import GroupMass, chunk_attention, prompt_attention, summed_mass
-from kvjax.cache.policies import Full, Policy, Slots
+from kvjax.cache.identity import DEFAULT_STORE, Identity, store_options, store_spec
+from kvjax.cache.policies import Full, Policy, Slots, policy_name
+from kvjax.cache.policies.base import arguments
 from kvjax.cache.state import CacheShape, KVState, LayerState
 from kvjax.cache.stores import DenseStore, HostLayer, HostStore, KernelDenseStore, KernelHostStore, KernelStore, Store, native_store
 from kvjax.cache.stores.dense import select_rows
 from kvjax.cache.stores.kernels import attend_prompt
 from kvjax.errors import InputError, SpecError
 from kvjax.kernels.dispatch import Device
+from kvjax.kernels.h2o_evict import h2o_evict
 from kvjax.kernels.speculate import speculate
 
 ALIASES = {"vllm": ("full", "paged"), "offload": ("full", "host")}
@@ -67,12 +70,30 @@ class Strategy:
         return KernelDenseStore(self.store.platform) if isinstance(self.store, KernelStore | KernelHostStore) else DenseStore()
 
     def describe(self) -> str:
-        """The spec string, store included when it is not the default."""
-        policy = self.policy.describe()
-        if isinstance(self.store, DenseStore) or self.policy.home == self.store.name:
-            return policy
+        """The spec string, which parses to this very strategy; what is at its default is left out."""
+        keep, store = self.policy.describe(), store_spec(self.store)
+        if store == (self.policy.home or DEFAULT_STORE):
+            return keep
         names = {pair: alias for alias, pair in ALIASES.items()}
-        return names.get((policy, self.store.name), f"{policy}+{self.store.name}")
+        return names.get((keep, store), f"{keep}+{store}")
+
+    def identity(self) -> Identity:
+        """This strategy as data."""
+        policy, store = self.policy, self.store.name
+        alias = next((name for name, pair in ALIASES.items() if pair == (policy.describe(), store)), None)
+        return Identity(
+            label=self.describe(),
+            keep=policy.describe(),
+            policy=policy_name(type(policy)),
+            arguments=arguments(policy),
+            store=store,
+            options=store_options(self.store),
+            codec=None,
+            family=alias or policy.family or policy_name(type(policy)),
+            variant=None if alias or store == (policy.home or DEFAULT_STORE) else store,
+            budget=policy.total_budget(),
+            unlimited=policy.unlimited and policy.exact,
+        )
 
     def slots(self, prompt_length: int, max_length: int) -> int:
         """Slots a row needs for a prompt of `prompt_length` tokens and `max_length` tokens in total.
@@ -252,7 +273,7 @@ class Strategy:
             out, statistics = store.attend_with_statistics(tokens, kv.shared, q, self._in_use(slot, kv, active), position)
         with jax.named_scope("evict"):
             seen = kv.length + 1
-            position, score, following = store.evict(tokens, kv.shared, position, score, statistics, seen, budget, recent, active)
+            position, score, following = h2o_evict(position, score, statistics, seen, budget, recent, active)
             following = jnp.where(active[:, None], following, slot)
         return out[:, None], LayerState(tokens, position, score, following)
 

@@ -38,7 +38,7 @@ from kvjax.errors import InputError, MemoryLimitError, SpecError
 from kvjax.generation import as_strategy, cache_shape, encode, placed
 from kvjax.interrupts import held
 from kvjax.models import Model
-from kvjax.sampling import Sampling
+from kvjax.sampling import Sampling, SamplingArrays, per_row
 
 SMALLEST_CHUNK = 16
 SMALLEST_CONTEXT = 128
@@ -83,6 +83,7 @@ class Engine:
 
     Attributes:
       strategy: as asked for.
+      sampling: of requests that bring none of their own.
       budget: how the memory is spent.
     """
 
@@ -114,13 +115,15 @@ class Engine:
           prefix_caching: keep the pages of ended requests for prompts that begin alike.
           watermark: share of the pages kept free at admission, for running requests to grow into.
           extents: arrays the pool is cut into, low pages first; decoding skips those without a page in use.
+          sampling: how requests choose their tokens that do not say so themselves.
 
         Raises:
           SpecError: an unknown strategy, or an option that does not go with it.
-          InputError: memory for less than one request.
+          InputError: memory for less than one request, or a `sampling` that is none.
         """
         self.model = model
         self.strategy = as_strategy(strategy)
+        (self.sampling,) = per_row(sampling, 1, "engine")
         limit = model.config.max_position
         longest = limit if max_model_len is None else checks.whole("max_model_len", max_model_len)
         max_num_seqs, prefill_chunk = checks.whole("max_num_seqs", max_num_seqs), checks.whole("prefill_chunk", prefill_chunk)
@@ -165,13 +168,13 @@ class Engine:
         )
         self.scheduler = Scheduler(need, self.limits, blocks)
         contained = programs.Contained(serving.policy, serving.store)
-        self.programs = programs.Programs(model.decoder, contained, sampling, self.budget.num_pages)
+        self.programs = programs.Programs(model.decoder, contained, self.budget.num_pages)
         self._device = model.placement  # as results have it: another would compile anew
         layers = programs.allocate(serving, shape, self.budget.num_pages, self.budget.rows, need.capacity)
         staging: Any = serving.stage(shape, [0], staged_slots(longest)).layers if need.stages else None
         layers, self._staging, self._tokens = placed(model, (layers, staging, jnp.zeros(self.budget.rows, jnp.int32)))
         self._layers: programs.Layers = layers
-        self._seeds = np.zeros(self.budget.rows, np.int32)
+        self._sampling = SamplingArrays.of([Sampling()] * self.budget.rows, np.zeros(self.budget.rows, np.int32))
         self._prompts = np.zeros(self.budget.rows, np.int32)
         self._swapped: dict[int, Any] = {}  # what the device held of sequences that wait with their pages
         self._pending: collections.deque[Pending] = collections.deque()
@@ -202,6 +205,7 @@ class Engine:
         max_tokens: int = 64,
         n: int = 1,
         seed: int = 0,
+        sampling: Sampling | Several[Sampling] | None = None,
         stop_tokens: Several[int] | None = None,
     ) -> None:
         """Queues a request.
@@ -211,11 +215,12 @@ class Engine:
           prompt: text or token ids.
           n: samples of the prompt; sample i has the seed `seed + i`, and they share the pages of the prompt where the strategy allows.
           seed: a whole number from 0; it and the `n - 1` after it fit 32 bits with a sign. What is drawn depends on it and on the request.
+          sampling: how tokens are chosen: one for all samples, or one each; None: the engine's. Any may be served beside any other.
           stop_tokens: ids that end a sample; None: the model's own.
 
         Raises:
           RequestRefused: it could never be served, with the reason.
-          InputError: an empty prompt, unknown ids, a name in use, a number that is none.
+          InputError: an empty prompt, unknown ids, a name in use, a number that is none, or not as many samplings as samples.
         """
         if not isinstance(request, str):
             raise InputError(f"the name of a request is text, not {request!r}")
@@ -226,7 +231,10 @@ class Engine:
         seed = checks.seed(where + "seed", seed, n)
         ids = encode(self.model, [prompt])[0][0]  # type: ignore[arg-type]
         stops = frozenset(self.model.config.stop_tokens if stop_tokens is None else checks.token_set(where + "stop_tokens", stop_tokens))
-        sequences = [Sequence(self._count + i, request, i, ids, max_tokens, seed + i, stops, n if i == 0 else 1) for i in range(n)]
+        samplings = per_row(self.sampling if sampling is None else sampling, n, "samples", where)
+        sequences = [
+            Sequence(self._count + i, request, i, ids, max_tokens, seed + i, stops, n if i == 0 else 1, samplings[i]) for i in range(n)
+        ]
         self._check_fits(sequences[0])
         self._count += n
         self._sequences[request] = sequences
@@ -279,7 +287,7 @@ class Engine:
         self._copy(turn.copies)
         for sequence in turn.resumed:
             saved = jax.device_put(self._swapped.pop(sequence.id), self._device)
-            self._seeds[sequence.row], self._prompts[sequence.row] = sequence.seed, len(sequence.prompt)
+            self._seat(sequence)
             self._layers = programs.swap_in(self.programs, self._layers, saved, np.asarray([sequence.row], np.int32))
         if turn.decode:
             self._decode(turn.decode)
@@ -310,11 +318,17 @@ class Engine:
                 self.abort(name)
             del self._streams[name]
 
-    def warm_up(self, prompt_lengths: Several[int] | None = None, progress: Callable[[str], None] = lambda what: None) -> int:
+    def warm_up(
+        self,
+        prompt_lengths: Several[int] | None = None,
+        progress: Callable[[str], None] = lambda what: None,
+        samples: bool = True,
+    ) -> int:
         """Compiles every program a load can need, so that none is compiled while requests wait. Returns how many calls that took.
 
         Args:
           prompt_lengths: of the requests to come; None: anything up to max_model_len.
+          samples: False if all of them are greedy, which leaves the programs that draw out: one for every size of decode call.
         """
         assert not self.scheduler.busy, "warm up before adding requests"
         calls = 0
@@ -323,7 +337,8 @@ class Engine:
             longest = max(prompt_lengths, default=1)
         nobody = self._packed([], 1)
         for batch in _buckets(1, self.limits.max_num_seqs):
-            result = programs.decode(self.programs, self.model.params, self._layers, self._tokens, self._packed([], batch))
+            draws = SamplingArrays.of([Sampling()] * batch, np.zeros(batch, np.int32)) if samples else None
+            result = programs.decode(self.programs, self.model.params, self._layers, self._tokens, self._packed([], batch), draws)
             self._layers, self._tokens, _ = result
             progress(f"decode, {batch} rows")
             calls += 1
@@ -336,7 +351,9 @@ class Engine:
         for context in self._contexts(longest) if self._staging else ():
             self._settle(nobody, context)
             calls += 1
-        self._tokens, _ = programs.begin(self.programs, self._tokens, logits, nobody)
+        for draws in (None, SamplingArrays.of([Sampling()], np.zeros(1, np.int32))) if samples else (None,):
+            self._tokens, _ = programs.begin(self._tokens, logits, nobody, draws)
+            calls += 1
         self._copy_pages([])
         if isinstance(self.strategy.store, HostStore):
             row = np.asarray([self.limits.max_num_seqs], np.int32)
@@ -344,7 +361,7 @@ class Engine:
             self._layers = programs.swap_in(self.programs, self._layers, saved, row)
             calls += 2
         jax.block_until_ready((self._layers, self._tokens))
-        return calls + 2
+        return calls + 1
 
     def sample(self, now: float) -> Sample:
         """The engine's state at this moment, for a time series."""
@@ -383,13 +400,14 @@ class Engine:
         wanted: list[Sequence | None] = list(sequences)
         for i, sequence in enumerate(sequences):
             if sequence.replay:
-                packed[i, 4] = sequence.outputs[len(sequence.outputs) - sequence.replay]
+                packed[i, 3] = sequence.outputs[len(sequence.outputs) - sequence.replay]
                 sequence.replay -= 1
             if sequence.replay:
                 wanted[i] = None
             else:
                 sequence.dispatched += 1
-        result = programs.decode(self.programs, self.model.params, self._layers, self._tokens, packed)
+        sampling = self._draws(sequences, len(packed))
+        result = programs.decode(self.programs, self.model.params, self._layers, self._tokens, packed, sampling)
         self._layers, self._tokens, chosen = result
         self._pending.append(Pending(chosen, wanted))
         if not self._caching:
@@ -400,7 +418,7 @@ class Engine:
     def _prefill(self, chunk: Chunk) -> None:
         sequence = chunk.sequence
         size = chunk.end - chunk.start
-        self._seeds[sequence.row], self._prompts[sequence.row] = sequence.seed, len(sequence.prompt)
+        self._seat(sequence)
         packed = self._packed([sequence], 1)
         packed[0, 1] = chunk.start
         tokens = np.zeros((1, _bucket(size, SMALLEST_CHUNK, self.limits.chunk)), np.int32)
@@ -438,15 +456,24 @@ class Engine:
         """The first token after a prefill, unless it is known and about to be fed again."""
         if sequence.replay:
             return
-        self._tokens, chosen = programs.begin(self.programs, self._tokens, logits, packed)
+        self._tokens, chosen = programs.begin(self._tokens, logits, packed, self._draws([sequence], 1))
         sequence.dispatched += 1
         self._pending.append(Pending(chosen, [sequence]))
+
+    def _seat(self, sequence: Sequence) -> None:
+        """Notes what calls must know of a sequence, in the row it has got."""
+        self._sampling.put(sequence.row, sequence.sampling, sequence.seed)
+        self._prompts[sequence.row] = len(sequence.prompt)
+
+    def _draws(self, sequences: list[Sequence], batch: int) -> SamplingArrays | None:
+        """How the rows of a call sample; None if all are greedy."""
+        return self._sampling.rows([sequence.row for sequence in sequences], batch)
 
     def _fork(self, parent: Sequence, child: Sequence, logits) -> bool:
         """Starts another sample from the state a prompt has left. Returns whether there was room; else it queues like a request."""
         if not self.scheduler.fork(parent, child):
             return False
-        self._seeds[child.row], self._prompts[child.row] = child.seed, len(child.prompt)
+        self._seat(child)
         if not self.scheduler.need.grows:
             table = self.scheduler.blocks.table
             self._copy(list(zip(table(parent.id), table(child.id), strict=True)), (parent.row, child.row))
@@ -470,10 +497,10 @@ class Engine:
         """What a call must know of its rows: HEADER and block table, rows of nobody filled up."""
         scheduler = self.scheduler
         packed = np.zeros((batch, programs.HEADER + scheduler.pages.shape[1]), np.int32)
-        packed[:, 0], packed[:, 4], packed[:, programs.HEADER :] = self.limits.max_num_seqs, -1, scheduler.no_page
+        packed[:, 0], packed[:, 3], packed[:, programs.HEADER :] = self.limits.max_num_seqs, -1, scheduler.no_page
         rows = [s.row for s in sequences]
         live = packed[: len(rows)]
-        live[:, 0], live[:, 1], live[:, 2], live[:, 3] = rows, scheduler.length[rows], self._prompts[rows], self._seeds[rows]
+        live[:, 0], live[:, 1], live[:, 2] = rows, scheduler.length[rows], self._prompts[rows]
         live[:, programs.HEADER :] = scheduler.pages[rows]
         return packed
 

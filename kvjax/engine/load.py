@@ -24,6 +24,7 @@ from kvjax.errors import InputError, SpecError
 from kvjax.models import Model
 from kvjax.models.tokenizer import ByteTokenizer
 from kvjax.quality import recall
+from kvjax.sampling import Sampling
 
 _ARRIVALS, _INPUTS, _OUTPUTS, _CONTENTS = range(4)  # the streams of a seed
 _REDRAWS = 16
@@ -51,6 +52,7 @@ class Request:
       max_tokens: how many tokens to generate.
       arrival: seconds since the load began.
       seed: of its sampling.
+      sampling: how its tokens are chosen; None: as the engine has it.
       test: what its prompt can be asked; None if it states no facts. The questions fit the model's positions after the prompt.
     """
 
@@ -60,6 +62,7 @@ class Request:
     arrival: float
     seed: int
     test: recall.RecallTest | None = None
+    sampling: Sampling | None = None
 
 
 @dataclasses.dataclass(frozen=True)

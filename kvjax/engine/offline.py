@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from kvjax.cache import Full, HostStore, KVState, Ledger, Strategy, ledger
+from kvjax.cache.identity import Identity
 from kvjax.engine.metrics import Timeline, summarise
 from kvjax.errors import NotFiniteError
 from kvjax.generation import (
@@ -98,23 +99,25 @@ class Measurement:
     """One strategy on one workload.
 
     Attributes:
-      store: where the cache stood.
+      identity: the strategy.
       timelines: one per request; a batch's requests start together, when the batch does.
       latency: the summary of the timelines (kvjax.engine.metrics).
       ledger: of the cache of the last batch, when its last token was written.
       samples: generated token ids per request.
-      transfer: how tokens come from a host store; None for another.
       quality: what `judge` says of the strategy; empty if nobody asked.
     """
 
-    strategy: str
-    store: str
+    identity: Identity
     timelines: tuple[Timeline, ...]
     latency: dict[str, float | int]
     ledger: Ledger
     samples: list[list[int]]
-    transfer: str | None = None
     quality: Quality = Quality()
+
+    @property
+    def strategy(self) -> str:
+        """The spec string."""
+        return self.identity.label
 
     @property
     def fidelity(self) -> dict[str, Estimate]:
@@ -289,13 +292,11 @@ def measure(
     if weighs and output_len > 1 and not is_driven(strategy):  # the scratch of a step, where it is not the host that drives the layers
         transient = _scratch(model, strategy, sampling, emitted.state)
     return Measurement(
-        strategy.describe(),
-        strategy.store.name,
+        strategy.identity(),
         tuple(timelines),
         summarise(timelines, busy),
         ledger(strategy, emitted.state, transient),
         samples,
-        getattr(strategy.store, "transfer", None),
         quality,
     )
 
@@ -306,7 +307,8 @@ _scratches: dict[Any, int | None] = {}
 
 def _scratch(model: Model, strategy: Strategy, sampling: Sampling, state: KVState) -> int | None:
     """Bytes a decode step needs beside its arguments and results; None where XLA does not say."""
-    key = (model.decoder, strategy, sampling, jax.tree.structure(state), tuple((x.shape, x.dtype) for x in jax.tree.leaves(state)))
+    shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(state))
+    key = (model.decoder, strategy, sampling.temperature > 0, jax.tree.structure(state), shapes)
     if key not in _scratches:
         _scratches[key] = decode_scratch(model, strategy, sampling, state)
     return _scratches[key]

@@ -22,13 +22,13 @@ from kvjax.cache.stores import Seats, page_table
 from kvjax.models import Decoder
 from kvjax.models.guide import Guide, guides
 from kvjax.runtime.forward import forward
-from kvjax.sampling import Sampling
+from kvjax.sampling import SamplingArrays, choose
 
 Layers = tuple[LayerState, ...]
 Ints = Array | np.ndarray
 
-HEADER = 5
-"""Integers before the block table in a packed row: row, length, prompt length, seed, forced token (-1: the row's own last one)."""
+HEADER = 4
+"""Integers before the block table in a packed row: row, length, prompt length, forced token (-1: the row's own last one)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,6 @@ class Programs:
 
     decoder: Decoder
     strategy: Strategy
-    sampling: Sampling
     num_pages: int
 
 
@@ -83,38 +82,50 @@ def _shared(programs: Programs, packed: Int[Array, "B HEADER+T"]) -> Seats | Pag
 
 
 def decode(
-    programs: Programs, params, layers: Layers, tokens: Int[Array, " R"], packed: Int[Ints, "B HEADER+T"]
-) -> tuple[Layers, Int[Array, " R"], Int[Array, " B"]]:
-    """One token for every row of the call. Returns the cache, every row's last token, and the new tokens (negative: logits not finite)."""
+    programs: Programs, params, layers: Layers, tokens: Int[Array, " R"], packed: Int[Ints, "B HEADER+T"],
+    sampling: SamplingArrays | None = None,
+) -> tuple[Layers, Int[Array, " R"], Int[Array, " B"]]:  # fmt: skip
+    """One token for every row of the call. Returns the cache, every row's last token, and the new tokens (negative: logits not finite).
+
+    All rows choose greedily in the program of the step. Where one of them samples, which the host knows and says by giving `sampling`, a
+    program of its own, which has nothing of the model in it, chooses once more: greedy calls are spared it, and no step is compiled twice.
+    """
     if programs.decoder.stringing == "unroll":
-        return _unrolled_decode(programs, params, layers, tokens, packed)
-    frame, last, step = _before_decode(programs, tokens, packed)
-    logits, kv = forward(programs.decoder, params, last, frame.over(layers), step)
-    tokens, chosen = _after_decode(programs, tokens, packed, logits, kv.length)
-    return kv.layers, tokens, chosen
+        layers, tokens, chosen, logits, length = _unrolled_decode(programs, params, layers, tokens, packed)
+    else:
+        frame, last, step = _before_decode(programs, tokens, packed)
+        logits, kv = forward(programs.decoder, params, last, frame.over(layers), step)
+        layers, length = kv.layers, kv.length
+        tokens, chosen = _chosen(tokens, packed, logits, length, None)
+    if sampling is not None:
+        tokens, chosen = _chosen(tokens, packed, logits, length, sampling)
+    return layers, tokens, chosen
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def _unrolled_decode(programs: Programs, params, layers: Layers, tokens, packed):
     frame, last, step = _before_decode(programs, tokens, packed)
     logits, kv = forward(programs.decoder, params, last, frame.over(layers), step)
-    return kv.layers, *_after_decode(programs, tokens, packed, logits, kv.length)
+    return kv.layers, *_chosen(tokens, packed, logits, kv.length, None), logits, kv.length
 
 
 @partial(jax.jit, static_argnums=0)
 def _before_decode(programs: Programs, tokens: Int[Array, " R"], packed: Int[Array, "B HEADER+T"]) -> tuple[KVState, Array, Decode]:
     """The state of a call's rows without its layers, their last tokens [B, 1], and the step."""
-    row, length, prompt_length, _, forced = packed[:, :HEADER].T
+    row, length, prompt_length, forced = packed[:, :HEADER].T
     last = jnp.where(forced >= 0, forced, tokens.at[row].get(mode="clip"))
     frame = KVState((), length, prompt_length, _shared(programs, packed), row)
     return frame, last[:, None], Decode(row < tokens.shape[0], programs.strategy)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _after_decode(programs: Programs, tokens: Int[Array, " R"], packed, logits, length) -> tuple[Int[Array, " R"], Int[Array, " B"]]:
-    row, _, _, seed, _ = packed[:, :HEADER].T
-    chosen = programs.sampling.choose(logits[:, 0], seed, length)
-    return tokens.at[row].set(jnp.maximum(chosen, 0), mode="drop"), chosen
+@partial(jax.jit, donate_argnums=0)
+def _chosen(
+    tokens: Int[Array, " R"], packed: Int[Array, "B HEADER+T"], logits: Float[Array, "B ... V"], length: Int[Array, " B"],
+    sampling: SamplingArrays | None,
+) -> tuple[Int[Array, " R"], Int[Array, " B"]]:  # fmt: skip
+    """Every row's last token, and the new tokens, of rows that have `length` tokens."""
+    chosen = choose(logits.reshape(len(logits), -1), length, sampling)
+    return tokens.at[packed[:, 0]].set(jnp.maximum(chosen, 0), mode="drop"), chosen
 
 
 def prefill(
@@ -180,14 +191,11 @@ def settle_layer(
     return empty.with_layer(0, programs.strategy.settle_layer(source, empty.layer(0), length, empty, guide)).layers[0]
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
 def begin(
-    programs: Programs, tokens: Int[Array, " R"], logits: Float[Array, "1 V"], packed: Int[Array, "1 HEADER+T"]
+    tokens: Int[Array, " R"], logits: Float[Array, "1 V"], packed: Int[np.ndarray, "1 HEADER+T"], sampling: SamplingArrays | None = None
 ) -> tuple[Int[Array, " R"], Int[Array, " 1"]]:
     """The token after a prompt; `packed` has the prompt's full length. Returns every row's last token, and the new one."""
-    row, length, _, seed, _ = packed[:, :HEADER].T
-    chosen = programs.sampling.choose(logits, seed, length)
-    return tokens.at[row].set(jnp.maximum(chosen, 0), mode="drop"), chosen
+    return _chosen(tokens, packed, logits, packed[:, 1], sampling)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -17,6 +17,7 @@ from jaxtyping import Int
 
 from kvjax.cache import HostStore, PagedStore, Strategy
 from kvjax.engine.blocks import BlockManager, OutOfBlocks
+from kvjax.sampling import Sampling
 
 
 class Status(enum.Enum):
@@ -43,6 +44,8 @@ class Sequence:
       request: what the caller knows it by; `index` counts the samples of a request.
       prompt: token ids.
       max_tokens: tokens it may generate.
+      samples: sequences that start from its prefill, itself included.
+      sampling: how its tokens are chosen, with `seed`.
       outputs: tokens generated so far, known on the host.
       dispatched: tokens generated so far, those still being computed included.
       row: its row in the engine's arrays; -1 while it waits.
@@ -60,6 +63,7 @@ class Sequence:
     seed: int
     stops: frozenset[int]
     samples: int = 1
+    sampling: Sampling = Sampling()
     outputs: list[int] = dataclasses.field(default_factory=list)
     status: Status = Status.WAITING
     dispatched: int = 0

@@ -188,8 +188,9 @@ def _serve(
                 one = served[str(request.index)] = Served(request, start, start - request.arrival)
                 try:
                     engine.add(
-                        str(request.index), request.prompt, max_tokens=request.max_tokens, seed=request.seed, stop_tokens=stop_tokens
-                    )
+                        str(request.index), request.prompt, max_tokens=request.max_tokens, seed=request.seed, sampling=request.sampling,
+                        stop_tokens=stop_tokens,
+                    )  # fmt: skip
                     under_way += 1
                 except RequestRefused as refusal:
                     one.reason, one.refused, ended = str(refusal), True, ended + 1

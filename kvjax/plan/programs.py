@@ -20,7 +20,6 @@ from kvjax.kernels.dispatch import current_device
 from kvjax.models import Decoder, ModelConfig, parameters
 from kvjax.models.guide import Guide, QueryGuide, guides
 from kvjax.plan.devices import Device, PlanError
-from kvjax.sampling import Sampling
 
 DEPTHS = (2, 4)
 """Layers that are compiled. Where a policy speculates, beside its `full_layers` and two more: only behind them does scratch settle."""
@@ -116,9 +115,9 @@ def compiled_decode(setting: Setting, device: Device) -> Usage:
     setting = as_compiled(setting, device)
     row = jax.ShapeDtypeStruct((setting.batch,), jnp.int32)
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    arguments = placed(device, (_params(setting), state(setting, setting.batch), row, row, row, count))
+    arguments = placed(device, (_params(setting), state(setting, setting.batch), row, row, None, count))
     with device.in_scope():
-        return _usage(unrolled_steps.lower(decoder(setting), setting.strategy, Sampling(), (), 1, *arguments), arguments, device)
+        return _usage(unrolled_steps.lower(decoder(setting), setting.strategy, (), 1, *arguments), arguments, device)
 
 
 def compiled_prefill(setting: Setting, device: Device) -> Usage:

@@ -1,7 +1,6 @@
 """The cells of a study, read back: records by the setting they were measured in, repeats joined, samples paired.
 
-A results directory holds <experiment>/records.jsonl, a record a finished cell. A record under load has `max_num_seqs`; any other is
-offline, whole batches from start to end.
+A results directory holds <experiment>/records.jsonl, a record a finished cell.
 """
 
 import dataclasses
@@ -9,13 +8,14 @@ import functools
 import json
 import math
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from kvjax.cache.identity import Identity
 from kvjax.errors import InputError
+from kvjax.report.fields import budget_of, finished, identity_of, under_load, value
 
 Record = dict[str, Any]
 
@@ -63,76 +63,12 @@ def read_results(directory: pathlib.Path) -> list[Record]:
     return list(found.values())
 
 
-def under_load(record: Record) -> bool:
-    return "max_num_seqs" in record or "max_num_seqs" in record.get("cell", {})
-
-
-def value(record: Record, key: str) -> Any:
-    """What a record says of its setting: what its cell declares or, where it declares nothing, its own figure.
-
-    A record's own figure may be what came of the setting: `max_num_seqs` is what the memory had room for.
-    """
-    cell = record.get("cell", {})
-    if key == "model_id":
-        return record.get("model_id", cell.get("model"))
-    found = cell.get(key, record.get(key))
-    return _number(found) if key in ("request_rate", "input_len", "output_len", "batch_size") else found
-
-
-def name_of(strategy: str) -> str:
-    """The name a spec string begins with: `h2o` of `h2o(heavy=0.1,recent=0.1)+paged`."""
-    found = re.match(r"[^(+]+", strategy)
-    return found[0] if found else strategy
-
-
-def policy_of(strategy: str) -> str:
-    """A spec string without its store, which changes no answer: `full` of `vllm`, `full+paged` and `offload`."""
-    plain = {"vllm": "full", "offload": "full"}.get(strategy, strategy)
-    head, plus, store = plain.rpartition("+")
-    return head if plus and re.fullmatch(r"[a-z]+", store) and ")" not in store else plain
-
-
-def budget_of(record: Record) -> int | float | None:
-    """What a strategy may keep or read: the cell's budget, else the sum its spec string states; None for one that keeps all."""
-    amounts = budget_arguments(record["strategy"])
-    declared = record.get("cell", {}).get("budget")
-    if isinstance(declared, int | float) and not isinstance(declared, bool) and name_of(policy_of(record["strategy"])) != "full":
-        return float(declared) if all(isinstance(a, float) for a in amounts) else declared
-    if not amounts or len({isinstance(a, int) for a in amounts}) > 1:
-        return None
-    return round(sum(amounts), 6)
-
-
-BUDGETS = {
-    "h2o": ("heavy", "recent"),
-    "streaming": ("window",),
-    "infinigen": ("budget",),
-    "infinigen_paper": ("budget",),
-    "oracle_topk": ("k",),
-}
-"""Arguments that are budgets, of the policies kvjax has."""
-
-
-def budget_arguments(strategy: str) -> tuple[int | float, ...]:
-    """The budgets in a spec string: whole numbers are tokens, others fractions of the prompt."""
-    named = re.findall(r"(\w+)=([\d.]+(?:e-?\d+)?)(?=[,)])", strategy)
-    wanted = BUDGETS.get(name_of(strategy))
-    return tuple(_amount(text) for key, text in named if wanted is None or key in wanted)
-
-
-def scales(strategy: str) -> bool:
-    """Whether a budget grows with the prompt, so that the strategy is the same one at another length. One that keeps all does."""
-    if name_of(policy_of(strategy)) == "full":
-        return True
-    amounts = budget_arguments(strategy)
-    return bool(amounts) and all(isinstance(amount, float) for amount in amounts)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Point:
     """One strategy in one setting, with all its repeats in order.
 
     Attributes:
+      strategy: its label (kvjax.cache.Identity).
       setting: what else it was measured under, by key; without what tells repeats apart and without the strategy.
     """
 
@@ -140,6 +76,15 @@ class Point:
     budget: int | float | None
     setting: tuple[tuple[str, Any], ...]
     records: tuple[Record, ...]
+
+    @functools.cached_property
+    def identity(self) -> Identity:
+        return identity_of(self.records[0])
+
+    @property
+    def scales(self) -> bool:
+        """Whether what is kept grows with the prompt, so that the strategy is the same one at another length."""
+        return self.identity.unlimited or isinstance(self.budget, float)
 
     @functools.cached_property
     def setting_key(self) -> str:
@@ -218,16 +163,16 @@ def points(records: Iterable[Record]) -> list[Point]:
     found: dict[str, list[Record]] = {}
     settings: dict[str, tuple[tuple[str, Any], ...]] = {}
     for record in records:
-        if record.get("outcome", "done") != "done" or record.get("complete") is False:
+        if not finished(record):
             continue
         setting = setting_of(record)
-        key = json.dumps([record["strategy"], budget_of(record), setting], default=str)
+        key = json.dumps([identity_of(record).label, budget_of(record), setting], default=str)
         found.setdefault(key, []).append(record)
         settings[key] = setting
     joined = []
     for key, repeats in found.items():
         repeats.sort(key=lambda r: str(_repeat(r)))
-        joined.append(Point(repeats[0]["strategy"], budget_of(repeats[0]), settings[key], tuple(repeats)))
+        joined.append(Point(identity_of(repeats[0]).label, budget_of(repeats[0]), settings[key], tuple(repeats)))
     return joined
 
 
@@ -246,21 +191,6 @@ def _frozen(what: Any) -> Any:
 def _repeat(record: Record) -> Any:
     cell = record.get("cell", {})
     return (cell.get("repeat", 0), cell.get("seed", record.get("seed")))
-
-
-def _amount(text: str) -> int | float:
-    return int(text) if text.isdigit() else float(text)
-
-
-def _number(what: Any) -> Any:
-    """`"256"` as 256, `"inf"` as infinity; a distribution stays text."""
-    if not isinstance(what, str):
-        return what
-    try:
-        found = float(what)
-    except ValueError:
-        return what
-    return int(found) if math.isfinite(found) and found == int(found) else found
 
 
 def blocks(count: int, size: int | None = None) -> list[int]:

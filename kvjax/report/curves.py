@@ -6,31 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-Record = Mapping[str, Any]
+from kvjax.cache.identity import Identity
+from kvjax.report.fields import Record, finished, identity_of, number, value
 
 NOT_SETTING = ("repeat", "seed", "cell_id", "scratch", "audit")
 """Keys of a cell in which repeats of a point differ, what else is measured of one of them included."""
-
-
-def value(record: Record, key: str) -> Any:
-    """What a record, or else its cell, has under a key; None for neither."""
-    found = record.get(key)
-    return record.get("cell", {}).get(key) if found is None else found
-
-
-def number(found: Any) -> float | None:
-    """A finite number or infinity (records write it "inf"); None for what is no number."""
-    if isinstance(found, bool) or found is None:
-        return None
-    try:
-        parsed = float(found)
-    except (TypeError, ValueError):
-        return None
-    return None if math.isnan(parsed) else parsed
-
-
-def finished(record: Record) -> bool:
-    return record.get("outcome", "done") == "done" and record.get("complete") is not False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +18,12 @@ class Curve:
     """Records that lie on one line.
 
     Attributes:
-      strategy: what gives it its look.
+      identity: of the strategy that gives it its look.
       points: the records of each place on x, in the order of x; what has no place there is under None.
     """
 
     label: str
-    strategy: str
+    identity: Identity
     points: dict[Any, list[Record]]
 
 
@@ -57,7 +37,7 @@ def curves(records: Iterable[Record], x: str, series: str = "strategy") -> list[
     grouped: dict[str, list[Record]] = {}
     for record in chosen:
         declared = record.get("cell", {}).get(series)
-        grouped.setdefault(str(value(record, series) if declared is None else declared), []).append(record)
+        grouped.setdefault(str(_stated(record, series) if declared is None else declared), []).append(record)
     found = []
     for name, members in grouped.items():
         apart = _apart(members, x, series)
@@ -65,13 +45,13 @@ def curves(records: Iterable[Record], x: str, series: str = "strategy") -> list[
         for record in members:
             parts.setdefault(", ".join(f"{key} {record.get('cell', {}).get(key)}" for key in apart), []).append(record)
         for part, mine in parts.items():
-            described = {str(r["strategy"]) for r in mine} if series == "strategy" else {name}
+            described = {identity_of(r).label for r in mine} if series == "strategy" else {name}
             label = described.pop() if len(described) == 1 else name
             places: dict[Any, list[Record]] = {}
             for record in mine:
                 places.setdefault(_place(value(record, x)), []).append(record)
             in_order = {place: places[place] for place in sorted(places, key=_order)}
-            found.append(Curve(f"{label}, {part}" if part else label, str(mine[0]["strategy"]), in_order))
+            found.append(Curve(f"{label}, {part}" if part else label, identity_of(mine[0]), in_order))
     return found
 
 
@@ -90,7 +70,7 @@ def _apart(records: Sequence[Record], *along: str) -> list[str]:
     """Keys of the cell in which records differ that share their place on `along`, but for what tells repeats apart."""
     shared: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
-        shared.setdefault(json.dumps([value(record, key) for key in along], default=str), []).append(record.get("cell", {}))
+        shared.setdefault(json.dumps([_stated(record, key) for key in along], default=str), []).append(record.get("cell", {}))
     keys = dict.fromkeys(key for cells in shared.values() for cell in cells for key in cell)
     return [
         key
@@ -99,13 +79,18 @@ def _apart(records: Sequence[Record], *along: str) -> list[str]:
     ]
 
 
+def _stated(record: Record, key: str) -> Any:
+    """What a record says under a key; the strategy that was measured, not the name its cell has for it."""
+    return identity_of(record).label if key == "strategy" else value(record, key)
+
+
 def by_strategy(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
-    """Repeats together, by spec string and by what else of the cell differs between records of one spec string."""
+    """Repeats together, by the label of the strategy and by what else of the cell differs between records of one label."""
     apart = _apart(records, "strategy")
     found: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         extra = ", ".join(f"{key} {record.get('cell', {}).get(key)}" for key in apart)
-        found.setdefault((str(record["strategy"]), extra), []).append(record)
+        found.setdefault((identity_of(record).label, extra), []).append(record)
     return found
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import io
 import math
 import pathlib
-import re
 import textwrap
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,8 +20,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from kvjax.cache.identity import Identity
 from kvjax.files import replace
-from kvjax.report.curves import Curve, Record, Summary, by_strategy, curves, finished, number, summary
+from kvjax.report.curves import Curve, Summary, by_strategy, curves, summary
+from kvjax.report.fields import Record, finished, identity_of, number
 
 Scale = Literal["linear", "log"]
 
@@ -76,7 +77,7 @@ FAMILIES = {
     "offload": Style("#56B4E9", "P"),
     "oracle_topk": Style("#CC79A7", "X"),
 }
-"""Okabe and Ito's colours, which the colour-blind can tell apart."""
+"""Looks by family, in Okabe and Ito's colours, which the colour-blind can tell apart."""
 
 OTHERS = Style("#8c6d31", "h")
 OTHER_MARKERS = "h<>p8d"
@@ -129,22 +130,13 @@ RC: dict[Any, Any] = {
 }
 
 
-def style(strategy: str) -> Style:
-    """The fixed look of a strategy, by its spec string or its name: `h2o(heavy=0.1,recent=0.1)+paged` is h2o's colour, dashed."""
-    family, store = split(strategy)
+def style(family: str, variant: str | None = None) -> Style:
+    """The fixed look of a strategy, by its family and variant (kvjax.cache.Identity): h2o in pages has h2o's colour, dashed."""
     markers = OTHER_MARKERS[zlib.crc32(family.encode()) % len(OTHER_MARKERS)]
-    found = FAMILIES.get(family, dataclasses.replace(OTHERS, marker=markers))
-    if store in STORES:
-        return dataclasses.replace(found, line=STORES[store].line, filled=False)
-    return found
-
-
-def split(strategy: str) -> tuple[str, str]:
-    """A spec string's name and the store it states ('' where it states none)."""
-    head, plus, store = strategy.strip().rpartition("+")
-    if not plus or not store.isidentifier():
-        head, store = strategy.strip(), ""
-    return re.split(r"\(", head, maxsplit=1)[0] or head, store
+    look = FAMILIES.get(family, dataclasses.replace(OTHERS, marker=markers))
+    if variant in STORES:
+        return dataclasses.replace(look, line=STORES[variant].line, filled=False)
+    return look
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- curves
@@ -175,7 +167,7 @@ def lines(
     places = sorted({p for c in drawn for p in c.points if isinstance(p, float) and math.isfinite(p)})
     names = list(dict.fromkeys(str(p) for c in drawn for p in c.points if isinstance(p, str)))
     axis_x = _Places(places, names, any(math.inf in c.points for c in drawn), x_scale if places and places[0] > 0 else "linear")
-    looks = _looks([c.strategy for c in drawn])
+    looks = _looks([c.identity for c in drawn])
     lost = [[p for p, rs in c.points.items() if not any(map(finished, rs))] for c in drawn]
     rows = sum(map(bool, lost))
     columns = {1: 1, 2: 2, 3: 3, 4: 2}.get(len(panels), 3)
@@ -269,9 +261,9 @@ class _Places:
         return [self.numbers[i] for i in kept]
 
 
-def _looks(strategies: Sequence[str]) -> list[dict[str, Any]]:
+def _looks(strategies: Sequence[Identity]) -> list[dict[str, Any]]:
     """What matplotlib draws each strategy with. Those that would look the same grow paler, one after the other."""
-    styles = [style(name) for name in strategies]
+    styles = [style(one.family, one.variant) for one in strategies]
     looks = []
     for index, look in enumerate(styles):
         before, count = styles[:index].count(look), styles.count(look)
@@ -420,7 +412,7 @@ def pareto(
     for (name, extra), mine in by_strategy(chosen).items():
         a, b = summary(mine, along.key, along.factor), summary(mine, upward.key, upward.factor)
         if a is not None and b is not None:
-            points.append((name, extra, a, b, summary(mine, size)))
+            points.append((name, extra, a, b, summary(mine, size), identity_of(mine[0])))
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(WIDTH, 4.1), layout="constrained")
         axis = figure.subplots()
@@ -430,9 +422,10 @@ def pareto(
         joined_points: dict[Any, list[tuple[float, float]]] = {}
         places = [(p[2].mean, _at_least(p[3].mean, floor)) for p in points]
         on_front = front([(p[2].mean, p[3].mean) for p in points], upward.better == "more")
-        for index, ((name, extra, a, b, held), (across, up)) in enumerate(zip(points, places, strict=True)):
-            look = style(name)
-            joined_points.setdefault((split(name), extra), []).append((across, up))
+        for index, ((name, extra, a, b, held, identity), (across, up)) in enumerate(zip(points, places, strict=True)):
+            kind = identity.family, identity.variant
+            look = style(*kind)
+            joined_points.setdefault((kind, extra), []).append((across, up))
             if max(a.count, b.count) > 1:
                 axis.plot([a.low, a.high], [up, up], color=look.color, linewidth=0.8, alpha=0.7, zorder=2)
                 axis.plot([across] * 2, [_at_least(b.low, floor), _at_least(b.high, floor)], color=look.color, linewidth=0.8, alpha=0.7)
@@ -446,7 +439,7 @@ def pareto(
             )  # fmt: skip
         for (kind, _), joined in joined_points.items():
             across_all, up_all = zip(*sorted(joined), strict=True)
-            axis.plot(across_all, up_all, color=style(kind[0]).color, linewidth=0.7, alpha=0.5, zorder=1)
+            axis.plot(across_all, up_all, color=style(*kind).color, linewidth=0.7, alpha=0.5, zorder=1)
         steps = sorted(places[i] for i in on_front)
         axis.plot([a for a, _ in steps], [b for _, b in steps], color=INK, linewidth=1.0, linestyle=(0, (4, 2)), drawstyle="steps-post")
         found = [{i: p[3] for i, p in enumerate(points)}]
@@ -457,7 +450,7 @@ def pareto(
             _finish_latency(axis, along, [p[2] for p in points])
         axis.set_title(f"{'up' if upward.better == 'more' else 'down'} and to the left is better", loc="right", fontsize=7, color=MUTED)
         _name_front(axis, [(points[i][0], places[i]) for i in sorted(on_front)])
-        _pareto_legend(figure, [p[0] for p in points], most)
+        _pareto_legend(figure, list(dict.fromkeys(p[5].family for p in points)), most)
         _head(figure, title)
         _save(figure, stem, titles, formats)
 
@@ -523,11 +516,10 @@ def _finish_latency(axis, panel: Panel, found: Sequence[Summary]) -> None:
         axis.set_xlim(0, 1.12 * high if high > 0 else 1)
 
 
-def _pareto_legend(figure: Figure, strategies: Sequence[str], most: float) -> None:
-    families = dict.fromkeys(split(name)[0] for name in strategies)
+def _pareto_legend(figure: Figure, families: Sequence[str], most: float) -> None:
     handles = [Line2D([], [], linestyle="none", marker="o", markersize=6, color=style(name).color, alpha=0.85) for name in families]
     names = [_plain(name) for name in families]
-    if not strategies:
+    if not families:
         return
     handles.append(Line2D([], [], color=INK, linewidth=1.0, linestyle=(0, (4, 2))))
     figure.legend(handles, [*names, "front"], loc="outside right upper", labelspacing=0.7, borderpad=1.6)

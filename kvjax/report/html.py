@@ -15,8 +15,8 @@ from urllib.parse import quote
 
 from kvjax.errors import InputError
 from kvjax.report import figures
-from kvjax.report.curves import finished, number, value
-from kvjax.report.html_data import Experiment, Figure, Record, Results, as_csv, as_jsonl
+from kvjax.report.fields import Record, finished, identity_of, number, under_load, value
+from kvjax.report.html_data import Experiment, Figure, Results, as_csv, as_jsonl
 from kvjax.report.html_markdown import render
 from kvjax.report.html_svg import inline
 from kvjax.report.html_table import outcome, swatch, table
@@ -94,7 +94,7 @@ def _navigation(contents: Sequence[tuple[str, str, Sequence[tuple[str, str]]]]) 
 def _overview(results: Results, notes: Sequence[str]) -> str:
     records = results.records
     outcomes = collections.Counter(outcome(r) for r in records)
-    strategies = list(dict.fromkeys(figures.split(str(r["strategy"])) for r in records))
+    strategies = list(dict.fromkeys(map(_kind, records)))
     models = _distinct(records, "model_id")
     tiles = [("experiments", len(results.experiments), ""), ("strategies", len(strategies), ""), ("models", len(models), "")]
     tiles += [("cells measured", outcomes.pop("done", 0), ""), ("did not fit", outcomes.pop("infeasible", 0), "warn")]
@@ -109,7 +109,7 @@ def _overview(results: Results, notes: Sequence[str]) -> str:
         which = "This is" if len(quick) == len(results.experiments) else f"“{escape('”, “'.join(quick))}”:"
         why = "a quick run, with few prompts and requests: it shows shapes, not figures to quote"
         warning = f'<p class="callout warn"><b>Quick.</b> {which} {why}.</p>'
-    names = "".join(f"<li>{swatch(name + ('+' + store if store else ''))}" for name, store in strategies)
+    names = "".join(f"<li>{swatch(family + ('+' + variant if variant else ''), family)}" for family, variant in strategies)
     return (
         f'<section id="overview"><p class="eyebrow">kvjax study</p><h1>{escape(_title(results))}</h1>'
         '<p class="lead">Which KV-cache strategy to use for a model, a context, a request rate and a memory, and what it costs in latency, '
@@ -284,8 +284,8 @@ def _widest(results: Results, keys: Sequence[str], many: bool) -> tuple[Experime
                 groups.setdefault((experiment.name, _describe(record)), (experiment, []))[1].append(record)
 
     def rank(group: tuple[Experiment, list[Record]]) -> tuple[int, int]:
-        names = {str(r["strategy"]) for r in group[1]}
-        return len({figures.split(name) for name in names}), len(names) if many else -len(names)
+        names = {identity_of(r).label for r in group[1]}
+        return len(set(map(_kind, group[1]))), len(names) if many else -len(names)
 
     if not groups:
         return None
@@ -299,12 +299,18 @@ def _one_budget(records: Sequence[Record]) -> list[Record]:
     kinds: dict[Any, dict[Any, list[Record]]] = {}
     for record in records:
         budget = number(value(record, "budget"))
-        kinds.setdefault(figures.split(str(record["strategy"])), {}).setdefault(budget, []).append(record)
+        kinds.setdefault(_kind(record), {}).setdefault(budget, []).append(record)
     shared = collections.Counter(budget for budgets in kinds.values() for budget in budgets if budget is not None)
     most = sorted(budget for budget, count in shared.items() if count == max(shared.values()))
     common = most[len(most) // 2] if most else None
     chosen = [budgets.get(common) or list(budgets.values())[len(budgets) // 2] for budgets in kinds.values()]
     return [record for group in chosen for record in group]
+
+
+def _kind(record: Record) -> tuple[str, str | None]:
+    """A strategy, whatever its arguments."""
+    identity = identity_of(record)
+    return identity.family, identity.variant
 
 
 def _describe(record: Record) -> str:
@@ -315,8 +321,7 @@ def _describe(record: Record) -> str:
         if found is not None:
             said.append(pattern.format(json.dumps(found) if isinstance(found, dict | list) else found))
     rate = value(record, "request_rate")
-    under_load = "max_num_seqs" in record or value(record, "measure") == "load"
-    said.append(f"{rate} requests/s" if under_load else "whole batches")
+    said.append(f"{rate} requests/s" if under_load(record) or value(record, "measure") == "load" else "whole batches")
     for key in ("kv_memory", "mix", "case", "workload", "dtype"):
         found = value(record, key)
         if found is not None:

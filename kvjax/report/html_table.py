@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from kvjax.report.curves import finished, number, value
-from kvjax.report.figures import FAMILIES, MIB, split
-from kvjax.report.html_data import Experiment, Record
+from kvjax.report.fields import Record, finished, identity_of, number, value
+from kvjax.report.figures import FAMILIES, MIB
+from kvjax.report.html_data import Experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +93,13 @@ def table(experiment: Experiment, name: str) -> str:
     heads += [_head(c.label, c.unit, True) for c in metrics]
     rows = []
     for record in records:
-        cells = [f"<th scope=row>{swatch(str(record['strategy']))}"]
+        family = identity_of(record).family
+        cells = [f"<th scope=row>{swatch(str(record['strategy']), family)}"]
         cells += [_cell(_declared(record, key), _numeric(records, key)) for key in varying]
         cells += [] if whole else [_badge(record)]
         cells += [_cell(_measured(record, c), True) for c in metrics]
         lost = "" if outcome(record) == "done" else " class=lost"
-        rows.append(f'<tr data-s="{escape(split(str(record["strategy"]))[0])}"{lost}>{"".join(cells)}')
+        rows.append(f'<tr data-s="{escape(family)}"{lost}>{"".join(cells)}')
     same = _same(records, constant)
     return (
         f'<div class="records" id="{name}-records">{_filter(records, name)}'
@@ -107,9 +108,8 @@ def table(experiment: Experiment, name: str) -> str:
     )
 
 
-def swatch(strategy: str) -> str:
-    """A strategy's name behind its colour."""
-    family = split(strategy)[0]
+def swatch(strategy: str, family: str) -> str:
+    """A strategy's name behind the colour of its family."""
     return f'<i class="dot c-{family if family in FAMILIES else "other"}"></i><code>{escape(strategy)}</code>'
 
 
@@ -162,7 +162,7 @@ def _badge(record: Record) -> str:
 
 
 def _filter(records: Sequence[Record], name: str) -> str:
-    families = list(dict.fromkeys(split(str(r["strategy"]))[0] for r in records))
+    families = list(dict.fromkeys(identity_of(r).family for r in records))
     chips = "".join(
         f'<button type="button" class="chip" aria-pressed="true" data-s="{escape(f)}">'
         f'<i class="dot c-{f if f in FAMILIES else "other"}"></i>{escape(f)}</button>'
@@ -190,18 +190,17 @@ def _same(records: Sequence[Record], constant: Sequence[str]) -> str:
 
 def _lost(records: Sequence[Record]) -> str:
     """Why cells have no figures, each reason with the cells it holds for."""
-    reasons: dict[tuple[str, str, str], int] = {}
+    reasons: dict[tuple[str, str, str, str], int] = {}
     for record in records:
         if (kind := outcome(record)) != "done":
-            told = (kind, str(record["strategy"]), str(record.get("error") or "no reason was recorded"))
+            told = (kind, str(record["strategy"]), identity_of(record).family, str(record.get("error") or "no reason was recorded"))
             reasons[told] = reasons.get(told, 0) + 1
     if not reasons:
         return ""
-    items = "".join(
-        f'<li>{swatch(strategy)} <span class="badge {OUTCOMES.get(kind, ("", "bad"))[1]}">{escape(OUTCOMES.get(kind, (kind,))[0])}</span> '
-        f"{_count(count)}: {escape(error)}"
-        for (kind, strategy, error), count in reasons.items()
-    )
+    items = ""
+    for (kind, strategy, family, error), count in reasons.items():
+        badge, look = OUTCOMES.get(kind, (kind, "bad"))
+        items += f'<li>{swatch(strategy, family)} <span class="badge {look}">{escape(badge)}</span> {_count(count)}: {escape(error)}'
     return f'<div class="whylost"><h4>Cells without figures</h4><ul>{items}</ul></div>'
 
 

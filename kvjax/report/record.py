@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from kvjax.cache import Strategy
+from kvjax.cache.identity import Identity
 from kvjax.engine.engine import Engine
 from kvjax.engine.load import Load
 from kvjax.engine.metrics import TPOT_DEFINITION, Goodput
@@ -80,8 +81,7 @@ def record(measurement: Measurement, model: Model, workload: Workload, options: 
     return {
         **setting(),
         **model_fields(model),
-        "strategy": measurement.strategy,
-        "store": measurement.store,
+        **strategy_fields(measurement.identity),
         "workload": workload.kind,
         "num_prompts": len(workload.prompts),
         "request_rate": "inf",
@@ -94,6 +94,11 @@ def record(measurement: Measurement, model: Model, workload: Workload, options: 
     }
 
 
+def strategy_fields(identity: Identity) -> dict[str, Any]:
+    """The keys of a record that say which strategy it is of."""
+    return {"strategy": identity.label, "store": identity.store, "strategy_identity": identity.record()}
+
+
 def listed(names: Sequence[str]) -> str:
     """`a, b and c`."""
     return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
@@ -104,8 +109,7 @@ def untimed(strategy: Strategy, model: Model, options: dict[str, Any]) -> dict[s
     return {
         **setting(),
         **model_fields(model),
-        "strategy": strategy.describe(),
-        "store": strategy.store.name,
+        **strategy_fields(strategy.identity()),
         "workload": "tasks",
         **options,
     }
@@ -113,9 +117,10 @@ def untimed(strategy: Strategy, model: Model, options: dict[str, Any]) -> dict[s
 
 def _transfer(measurement: Measurement, options: dict[str, Any]) -> dict[str, Any]:
     """How tokens come from a host store, and what a link of a stated speed would take: the bytes are counted, that time is modelled."""
-    if measurement.transfer is None:
+    transfer = measurement.identity.options.get("transfer")
+    if transfer is None:
         return {}
-    found: dict[str, Any] = {"transfer": measurement.transfer}
+    found: dict[str, Any] = {"transfer": transfer}
     if (speed := options.get("link_gbps")) is not None:
         moved = measurement.ledger.bytes_moved_per_token * options["batch_size"]
         found["modelled_link_ms_per_step"] = moved / (speed * 1e9) * 1e3
@@ -130,8 +135,7 @@ def load_record(
         **setting(),
         "label": engine.strategy.describe(),
         **model_fields(model),
-        "strategy": engine.strategy.describe(),
-        "store": engine.strategy.store.name,
+        **strategy_fields(engine.strategy.identity()),
         "workload": load.kind,
         "num_prompts": len(load.requests),
         **options,

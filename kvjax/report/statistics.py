@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike
 
 from kvjax.errors import InputError
 from kvjax.models.config import OPT_POSITION_OFFSET, ModelConfig
-from kvjax.report.cells import Record, name_of, points
+from kvjax.report.cells import Record, points
 
 LEAST_UNITS = 10
 """Fewer independent units than these are not resampled."""
@@ -212,11 +212,11 @@ def regret(records: Sequence[Record], sample: str = "recall", oracle: str = "ora
     strategy without a budget, without an oracle beside it, or without these samples is left out.
     """
     joined = points(records)
-    yardsticks = {(p.setting_key, p.budget): p for p in joined if name_of(p.strategy) == oracle}
+    yardsticks = {(p.setting_key, p.budget): p for p in joined if p.identity.family == oracle}
     found = []
     for point in joined:
         against = yardsticks.get((point.setting_key, point.budget))
-        if against is None or point.budget is None or name_of(point.strategy) == oracle:
+        if against is None or point.budget is None or point.identity.family == oracle:
             continue
         pairs = point.paired_samples(against, sample)
         if pairs is None:

@@ -280,7 +280,7 @@ class Bench:
     def quality(self, cell: Quality) -> Record:
         model, strategy = self.model(cell), strategy_in(cell)
         check_positions(model, cell.input_len, cell.num_facts * recall.STATEMENT_BYTES)
-        described = strategy.describe()
+        asked = strategy.identity()
         strategy = strategy_of(strategy.policy, offloaded=isinstance(strategy.store, HostStore))
         seed = cell.seed + REPEAT_STRIDE * cell.repeat
         key = (*_model_key(cell), cell.num_prompts, cell.input_len, seed, cell.num_facts, cell.batch_size)
@@ -292,8 +292,7 @@ class Bench:
         found = self._forced.get(key, make).measure(strategy)
         del found["depths"], found["answered"]
         return {
-            **records.setting(), **records.model_fields(model), "strategy": described,
-            "store": strategy.store.name, "workload": "recall",
+            **records.setting(), **records.model_fields(model), **records.strategy_fields(asked), "workload": "recall",
             "num_prompts": cell.num_prompts, "input_len": cell.input_len, "batch_size": cell.batch_size, "seed": seed,
             "budget": cell.budget, "task_questions_per_depth": cell.num_prompts, **found,
         }  # fmt: skip

@@ -26,7 +26,9 @@ def probabilities(q, k, position) -> np.ndarray:
 
 
 @pytest.mark.parametrize("block", [5, 16, 64])
-@pytest.mark.parametrize(("batch", "length", "kv_heads", "group", "dim"), [(1, 1, 1, 1, 4), (2, 23, 2, 3, 8), (1, 32, 3, 1, 6)])
+@pytest.mark.parametrize(
+    ("batch", "length", "kv_heads", "group", "dim"), [(1, 1, 1, 1, 4), (2, 23, 2, 3, 8), (1, 32, 3, 1, 6), (1, 83, 2, 2, 4)]
+)
 def test_prompt_attention_is_causal_attention(batch, length, kv_heads, group, dim, block):
     rng = np.random.default_rng(length + block)
     q, k, v = random_qkv(rng, batch, length, kv_heads, group, dim)
@@ -94,3 +96,14 @@ def test_scratch_memory_of_a_prompt_grows_with_its_length_and_not_its_square(rul
 
     short, long = scratch(256), scratch(1024)
     assert long < 1.5 * 4 * short
+
+
+@pytest.mark.parametrize("rules", [(), (SUM,)], ids=["plain", "statistics"])
+def test_the_program_of_a_prompt_does_not_grow_with_it(rules):
+    def size(length: int) -> int:
+        q, k = (jax.ShapeDtypeStruct((1, length, heads, 16), jnp.float32) for heads in (4, 2))
+        valid = jax.ShapeDtypeStruct((1, length), bool)
+        return len(jax.jit(lambda q, k, v, valid: prompt_attention(q, k, v, valid, rules)).lower(q, k, k, valid).as_text().splitlines())
+
+    assert size(512) < size(2048)  # one step, for long prompts
+    assert size(16384) <= 1.02 * size(2048)

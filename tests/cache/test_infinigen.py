@@ -83,9 +83,9 @@ def naive_selection(policy: InfiniGen, logits: list[list[dict[int, float]]], len
             rest = sorted((p for p in by_position if p not in fixed), key=lambda p: (-by_position[p], p))
             highest = by_position[rest[0]] if rest else 0.0
             if policy.group == "mass":
-                near = sum(by_position[p] > -policy.alpha for p in rest)
+                near = sum(by_position[p] > -policy.threshold for p in rest)
             else:
-                near = sum(by_position[p] > highest - policy.alpha or by_position[p] == highest for p in rest)
+                near = sum(by_position[p] > highest - policy.threshold or by_position[p] == highest for p in rest)
             counts.append(near + len(fixed))
             orders.append(sorted(fixed) + rest)
         rows.append((most, counts, orders))

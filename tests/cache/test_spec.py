@@ -1,8 +1,13 @@
 """Spec strings: what they mean, what they refuse and with which words."""
 
+import dataclasses
+import json
 import math
+from typing import get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvjax.cache import (
     H2O,
@@ -21,7 +26,25 @@ from kvjax.cache import (
     parse_strategy,
     split_specs,
 )
+from kvjax.cache.identity import of_record
+from kvjax.cache.policies.base import Amount, Policy
+from kvjax.cache.policies.h2o import GroupReduction
+from kvjax.cache.policies.infinigen import Count, GroupJoin, Victim
+from kvjax.cache.spec import read_identity
+from kvjax.cache.stores import TRANSFERS, KernelDenseStore, KernelHostStore, KernelPagedStore
 from kvjax.errors import KvjaxError, SpecError
+from kvjax.files import dumps
+
+
+@dataclasses.dataclass(frozen=True)
+class Worded(Policy):
+    """A user's own."""
+
+    keep: Amount
+    word: str = "plain"
+    switch: bool = False
+    extra: str | float | None = None
+
 
 MEANINGS = [
     ("full", Full()),
@@ -149,18 +172,50 @@ def test_alias_contradicted_by_a_store(spec, store):
 
 
 @pytest.mark.parametrize(
+    ("spec", "store"),
+    [
+        ("full+paged(16)", PagedStore(16)),
+        ("full+paged(page_size=16)", PagedStore(16)),
+        ("vllm+paged(16)", PagedStore(16)),
+        (" full + paged( 16 , extents = 2 ) ", PagedStore(16, 2)),
+        ("full+paged(extents=2)", PagedStore(64, 2)),
+        ("full+host(device)", HostStore("device")),
+        ("full+host(transfer='device',levels=8)", HostStore("device", 8)),
+        ("offload+host(levels=8)", HostStore("jit", 8)),
+        ("infinigen+host(driven)", HostStore("driven")),
+        ("full+dense()", DenseStore()),
+    ],
+)
+def test_options_of_a_store(spec, store):
+    assert parse_strategy(spec).store == store
+
+
+@pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("full+cloud", r"cannot read strategy 'full\+cloud'"),
-        ("full+", r"cannot read strategy 'full\+'"),
+        ("full+cloud", r"unknown store or codec 'cloud' in strategy 'full\+cloud'; stores: dense, paged, host; there is no codec yet$"),
+        ("full+paged+int8", r"unknown codec 'int8' in strategy 'full\+paged\+int8'; there is no codec yet$"),
+        ("full+int8+paged", r"unknown store or codec 'int8'"),
+        ("full+paged+paged", r"strategy 'full\+paged\+paged' names two stores; write one, like h2o\+paged\(16\)$"),
+        ("full+", r"strategy 'full\+' has a \+ with nothing behind it; write a store there \(dense, paged, host\), or no \+$"),
         ("+paged", "cannot read strategy ''"),
-        ("full+paged+paged", r"cannot read strategy 'full\+paged'"),
+        ("full+paged(", r"cannot read store 'paged\('; write a name, or a name with arguments like paged\(16\)$"),
+        ("full+paged(16,2)", r"cannot read store 'paged\(16,2\)': it takes page_size, extents; only the first, page_size, may go without"),
+        ("full+paged(16,page_size=8)", "only the first, page_size, may go without its name"),
+        ("full+paged(size=16)", "the paged store has no option 'size'; it takes page_size, extents$"),
+        ("full+dense(16)", r"cannot read store 'dense\(16\)': it takes no options$"),
+        ("full+dense(page_size=16)", "the dense store has no option 'page_size'; it takes no options$"),
+        ("full+paged(0)", "page_size=0: a page holds at least one slot"),
+        ("full+paged(page_size=lots)", "page_size='lots' is not a whole number"),
+        ("full+host(pigeon)", "unknown transfer 'pigeon'; choose from device, jit, driven$"),
+        ("vllm(16)", r"vllm takes no arguments; it means full\+paged, so write full\+paged\(...\)$"),
         ("h3o+paged", "unknown strategy 'h3o'; choose from full, streaming, h2o, infinigen, infinigen_paper, oracle_topk, vllm"),
     ],
 )
-def test_store_that_does_not_exist_after_a_plus(spec, message):
-    with pytest.raises(SpecError, match=message):
+def test_what_stands_behind_a_plus_is_refused_in_one_line(spec, message):
+    with pytest.raises(SpecError, match=message) as error:
         parse_strategy(spec)
+    assert "\n" not in str(error.value)
 
 
 def test_page_size():
@@ -168,6 +223,8 @@ def test_page_size():
     assert parse_strategy("h2o+paged", page_size=128).store == PagedStore(128)
     assert parse_strategy("full", "paged", page_size=16).store == PagedStore(16)
     assert parse_strategy("full", page_size=16).store == DenseStore()
+    assert parse_strategy("full+paged(32)", page_size=16).store == PagedStore(32)
+    assert parse_strategy("full+paged(extents=2)", page_size=16).store == PagedStore(16, 2)
     with pytest.raises(SpecError, match="page_size=0: a page holds at least one slot"):
         parse_strategy("vllm", page_size=0)
 
@@ -189,17 +246,59 @@ def test_transfer():
     assert parse_strategy("infinigen", "dense", transfer="device").store == HostStore("device")
     assert parse_strategy("infinigen").store == HostStore()
     assert parse_strategy("full", transfer="device").store == DenseStore()
+    assert parse_strategy("full+host(driven)", transfer="device").store == HostStore("driven")
+    assert parse_strategy("full+host(levels=8)", transfer="device").store == HostStore("device", 8)
     with pytest.raises(SpecError, match="unknown transfer 'pigeon'; choose from device, jit, driven"):
         parse_strategy("offload", transfer="pigeon")
 
 
-PAIRS = [(policy, store) for policy in POLICIES for store in STORES if POLICIES[policy].home in (None, store)]
+FRACTIONS = st.floats(0.001, 1.0)
+AMOUNTS = st.integers(1, 10_000) | FRACTIONS
+SHARED = dict(alpha=st.floats(0, math.inf), budget=AMOUNTS, sinks=st.integers(0, 9), recent=st.integers(0, 99), skew=st.booleans(),
+              correction=st.booleans(), count=st.sampled_from(get_args(Count)), group=st.sampled_from(get_args(GroupJoin)),
+              pool=st.none() | AMOUNTS, victim=st.sampled_from(get_args(Victim)), full_layers=st.integers(0, 4))  # fmt: skip
+POLICIES_MADE = {
+    "full": st.builds(Full),
+    "streaming": st.builds(Streaming, AMOUNTS, AMOUNTS),
+    "h2o": st.builds(H2O, AMOUNTS, AMOUNTS, st.booleans(), st.sampled_from(get_args(GroupReduction))),
+    "infinigen": st.builds(InfiniGen, **SHARED),
+    "infinigen_paper": st.builds(InfiniGenPaper, **SHARED),
+    "oracle_topk": st.builds(OracleTopK, AMOUNTS),
+    "a user's": st.builds(Worded, AMOUNTS, st.text(), st.booleans(), st.none() | st.text() | st.floats(allow_nan=False)),
+}
+STORES_MADE = {
+    "dense": st.builds(DenseStore),
+    "paged": st.builds(PagedStore, st.integers(1, 256), st.integers(1, 9)),
+    "host": st.builds(HostStore, st.sampled_from(TRANSFERS), st.integers(1, 20)),
+}
+PAIRS = [(policy, store) for policy in POLICIES_MADE for store in STORES if getattr(POLICIES.get(policy), "home", None) in (None, store)]
+
+
+def test_every_policy_and_every_store_takes_part():
+    assert POLICIES.keys() <= POLICIES_MADE.keys()
+    assert STORES.keys() == STORES_MADE.keys()
 
 
 @pytest.mark.parametrize(("policy", "store"), PAIRS)
-def test_description_names_policy_and_store(policy, store):
-    strategy = Strategy(POLICIES[policy](), STORES[store]())
-    assert parse_strategy(strategy.describe()) == strategy
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_description_says_all_there_is_to_say(policy, store, data):
+    strategy = Strategy(data.draw(POLICIES_MADE[policy]), data.draw(STORES_MADE[store]))
+    text, identity = strategy.describe(), strategy.identity()
+    assert parse_strategy(text) == parse_strategy(f" {text} ") == strategy
+    assert split_specs(f"{text},{text}") == [text, text], "it can stand in a list"
+    assert parse_strategy(text).describe() == identity.label == text
+    written = of_record(json.loads(dumps(identity.record())))
+    assert written is not None
+    assert dataclasses.replace(written, arguments=identity.arguments) == identity, "infinity is text in JSON"
+
+
+@pytest.mark.parametrize(("policy", "store"), PAIRS)
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_strategies_are_equal_where_their_labels_are(policy, store, data):
+    first, second = (Strategy(data.draw(POLICIES_MADE[policy]), data.draw(STORES_MADE[store])) for _ in range(2))
+    assert (repr(first) == repr(second)) == (first.describe() == second.describe()), "a token is not the whole prompt, though 1 == 1.0"
 
 
 def test_description_leaves_out_the_default_store_and_prefers_an_alias():
@@ -208,7 +307,102 @@ def test_description_leaves_out_the_default_store_and_prefers_an_alias():
     assert Strategy(Full(), PagedStore()).describe() == "vllm"
     assert Strategy(Full(), HostStore()).describe() == "offload"
     assert Strategy(H2O(8, 8), HostStore()).describe() == "h2o(heavy=8,recent=8)+host"
-    assert Strategy(InfiniGen(), HostStore("device")).describe() == InfiniGen().describe()
+    assert Strategy(InfiniGen(), HostStore()).describe() == InfiniGen().describe()
+
+
+@pytest.mark.parametrize(
+    ("store", "text"),
+    [
+        (PagedStore(16), "full+paged(16)"),
+        (PagedStore(64, 2), "full+paged(extents=2)"),
+        (PagedStore(16, 2), "full+paged(page_size=16,extents=2)"),
+        (HostStore("device"), "full+host(device)"),
+        (HostStore(levels=8), "full+host(levels=8)"),
+        (HostStore("device", 8), "full+host(transfer=device,levels=8)"),
+        (KernelPagedStore(16, platform="tpu"), "full+paged(16)"),
+        (KernelHostStore("device", platform="tpu"), "full+host(device)"),
+        (KernelDenseStore("tpu"), "full"),
+    ],
+)
+def test_description_has_the_options_that_are_not_the_default(store, text):
+    assert Strategy(Full(), store).describe() == text
+    assert Strategy(Full(), store).identity().options.keys() == {f.name for f in dataclasses.fields(STORES[store.name])}
+
+
+@dataclasses.dataclass(frozen=True)
+class Relative(H2O):
+    """A user's own that is drawn and compared as h2o."""
+
+    family = "h2o"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "family", "variant", "budget", "unlimited"),
+    [
+        (Strategy(Full()), "full", None, None, True),
+        (Strategy(Full(), PagedStore(16)), "vllm", None, None, True),
+        (Strategy(Full(), HostStore("device")), "offload", None, None, True),
+        (Strategy(H2O(0.1, 0.2)), "h2o", None, 0.3, False),
+        (Strategy(H2O(3, 5), PagedStore(16)), "h2o", "paged", 8, False),
+        (Strategy(H2O(3, 0.5), HostStore()), "h2o", "host", None, False),
+        (Strategy(Streaming(4, 60)), "streaming", None, 64, False),
+        (Strategy(Streaming(4, 0.2)), "streaming", None, 0.2, False),
+        (Strategy(Streaming(0.1, 0.2)), "streaming", None, 0.3, False),
+        (Strategy(InfiniGen(budget=64), HostStore("device")), "infinigen", None, 64, False),
+        (Strategy(InfiniGenPaper(), HostStore()), "infinigen_paper", None, 0.2, False),
+        (Strategy(OracleTopK(1.0)), "oracle_topk", None, 1.0, False),
+        (Strategy(Worded(8)), f"{__name__}:Worded", None, None, False),
+        (Strategy(Relative(3, 5), PagedStore()), "h2o", "paged", 8, False),
+    ],
+    ids=lambda x: x.describe() if isinstance(x, Strategy) else "",
+)
+def test_what_a_policy_class_says_of_itself(strategy, family, variant, budget, unlimited):
+    found = strategy.identity()
+    assert (found.family, found.variant, found.budget, found.unlimited) == (family, variant, budget, unlimited)
+    assert type(found.budget) is type(budget)
+    assert found.keep == strategy.policy.describe()
+    assert parse_policy(found.keep) == strategy.policy
+
+
+BUDGETED = [kind() for name, kind in POLICIES.items() if name != "full"]
+
+
+@pytest.mark.parametrize("policy", BUDGETED, ids=lambda policy: policy.describe())
+@given(amount=st.integers(10, 10_000) | st.integers(1, 100).map(lambda percent: percent / 100))
+def test_a_policy_states_the_budget_it_was_given(policy, amount):
+    stated = policy.with_budget(amount).total_budget()
+    assert stated == amount
+    assert type(stated) is type(amount)
+
+
+def test_the_identity_of_a_record_that_has_a_spec_string_alone():
+    for strategy in (Strategy(H2O(8, 8), PagedStore()), Strategy(Full(), HostStore("driven")), Strategy(InfiniGen(), HostStore())):
+        assert read_identity(strategy.describe()) == strategy.identity()
+    assert read_identity("vllm", page_size=16) == Strategy(Full(), PagedStore(16)).identity()
+    assert read_identity("offload", transfer="driven").label == "full+host(driven)"
+    assert read_identity("offload", transfer="jit").label == "offload"
+    old = read_identity("infinigen(alpha=4.0,partial=0.3,budget=0.2)")
+    assert old.label == old.keep == "infinigen(alpha=4.0,partial=0.3,budget=0.2)", "what a default was then is not known now"
+    assert (old.family, old.budget) == ("infinigen", 0.2)
+
+
+def test_reading_a_record_imports_no_module_and_takes_any_text(monkeypatch):
+    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"imports {name}"))
+    mine = read_identity("mine:Own(keep=3,extra=40)+paged(16)")
+    assert (mine.family, mine.variant, mine.options["page_size"], mine.budget) == ("mine:Own", "paged", 16, None)
+    assert mine.keep == "mine:Own(keep=3,extra=40)"
+    gone = read_identity("keynorm(keep=3)")
+    assert (gone.family, gone.arguments) == ("keynorm", {"keep": 3})
+    for text in ("", "h2o(", "full+cloud", "h2o(heavy=lots)", "a b"):
+        assert (found := read_identity(text)).label == text
+        assert not found.unlimited
+
+
+@pytest.mark.parametrize("broken", [None, "h2o", {}, {"label": "h2o"}, "budget", "arguments", "label", "unlimited"])
+def test_an_object_that_is_no_identity_is_not_read(broken):
+    whole = Strategy(H2O(8, 8)).identity().record()
+    assert of_record(whole) == Strategy(H2O(8, 8)).identity()
+    assert of_record(whole | {broken: [1]} if isinstance(broken, str) and broken in whole else broken) is None
 
 
 @pytest.mark.parametrize(

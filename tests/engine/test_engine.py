@@ -671,7 +671,7 @@ def test_options_are_checked(model, options, message):
 
 def compiled_sizes() -> dict[str, int]:
     """How many programs every function of an engine has compiled, with layers unrolled and by calls."""
-    names = ("_unrolled_decode", "_unrolled_chunk", "_before_decode", "_after_decode", "_before_chunk", "settle_layer", "begin", "copy")
+    names = ("_unrolled_decode", "_unrolled_chunk", "_before_decode", "_chosen", "_before_chunk", "settle_layer", "copy")
     functions = {name: getattr(programs, name) for name in names} | {name: getattr(forward, name) for name in ("_embed", "_block", "_head")}
     return {name: function._cache_size() for name, function in functions.items()}
 
@@ -688,12 +688,12 @@ def test_nothing_is_compiled_under_load(monkeypatch, model, prompts, spec, max_n
     listen = lambda event, duration, **_: event.endswith("backend_compile_duration") and compiled.append(event)  # noqa: E731
     model = dataclasses.replace(model, stringing=stringing)
     engine = make(model, spec, extents=1, max_num_seqs=max_num_seqs, prefill_chunk=chunk, sampling=sampling, kv_memory="390KiB")
-    decode, before = "_unrolled_decode" if stringing == "unroll" else "_after_decode", compiled_sizes()
+    decode, before = "_unrolled_decode" if stringing == "unroll" else "_before_decode", compiled_sizes()
     told: list[str] = []
     calls = engine.warm_up(progress=told.append)
     sizes = compiled_sizes()
     assert sizes[decode] - before[decode] == buckets == sum(what.startswith("decode") for what in told)
-    assert calls == len(told) + 2 + 2 * (engine._staging is not None)
+    assert calls == len(told) + 3 + 2 * (engine._staging is not None)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         requests = {

@@ -3,7 +3,9 @@
 import collections
 import dataclasses
 import zlib
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from kvjax.engine.engine import Engine
 from kvjax.engine.memory import serving_strategy, spend
 from kvjax.engine.scheduler import Limits, Need, Scheduler, Sequence, Status
 from kvjax.generation import cache_shape
+from kvjax.sampling import Sampling, SamplingArrays
 
 # ------------------------------------------------------------------------------------------------------------------------ one scheduler
 
@@ -288,10 +291,22 @@ LONGEST = 24
 BAD = 5
 """The token after which logits are not finite."""
 
+DEFAULT = Sampling(2.0)
+"""Of the engine, for requests that bring none."""
 
-def following(text: tuple[int, ...], seed: int) -> int:
-    """What the imaginary model says after a text; every token of it counts, and so does their order."""
-    return -1 if BAD in text else zlib.crc32(np.array([seed, *text], np.int32).tobytes()) % BAD
+
+def following(text: tuple[int, ...], sampling: Sampling, seed: int) -> int:
+    """What the imaginary model says after a text; every token of it counts, and so does their order. Greedy, no seed counts."""
+    draw = [seed, int(sampling.temperature), sampling.top_k] if sampling.temperature else []
+    return -1 if BAD in text else zlib.crc32(np.array([*draw, *text], np.int32).tobytes()) % BAD
+
+
+def drawn(sampling: SamplingArrays | None, row: int) -> tuple[Sampling, int]:
+    """What a call says of one of its rows."""
+    if sampling is None:
+        return Sampling(), 0
+    temperature, top_k, top_p, seed = (array[row].item() for array in jax.tree.leaves(sampling))
+    return Sampling(temperature, top_k, top_p), seed
 
 
 class Device:
@@ -317,12 +332,14 @@ class Device:
         for name in ("decode", "prefill", "stage", "settle", "begin", "copy"):
             monkeypatch.setattr(programs, name, getattr(self, name))
 
-    def decode(self, _, params, layers, tokens, packed):
+    def decode(self, _, params, layers, tokens, packed, sampling):
         self._note("decode", packed)
+        if sampling is not None:  # a program of its own
+            self._note("draw", *jax.tree.leaves(sampling))
         tokens, chosen = np.array(tokens), np.zeros(len(packed), np.int32)
         live = [(i, *self._unpacked(p)) for i, p in enumerate(packed) if p[0] < self.rows]
         texts = {}
-        fed = [(row, length, table, tokens[row] if forced < 0 else forced) for _, row, length, _, _, forced, table in live]
+        fed = [(row, length, table, tokens[row] if forced < 0 else forced) for _, row, length, _, forced, table in live]
         if self.staged:
             for row, length, table, token in fed:
                 assert len(self.metadata[row]) == length
@@ -334,8 +351,8 @@ class Device:
             assert len(set(written)) == len(written), "two rows write one slot"
             self.pages |= {slot: int(token) for slot, (*_, token) in zip(written, fed, strict=True)}
             texts = {row: self._read(table, length + 1) for row, length, table, _ in fed}
-        for i, row, _, _, seed, _, _ in live:
-            chosen[i] = following(texts[row], seed)
+        for i, row, *_ in live:
+            chosen[i] = following(texts[row], *drawn(sampling, i))
             tokens[row] = max(chosen[i], 0)
         assert len({row for row, *_ in fed}) == len(fed), "a row twice"
         return layers, tokens, chosen
@@ -343,7 +360,7 @@ class Device:
     def prefill(self, _, context, params, layers, packed, chunk, num_valid):
         assert not self.staged
         self._note("prefill", packed, chunk, num_valid)
-        _, start, _, _, _, table = self._unpacked(packed[0])
+        _, start, _, _, table = self._unpacked(packed[0])
         end = start + int(num_valid[0])
         for i in range(start, end):
             self.pages[table[i // self.size], i % self.size] = int(chunk[0, i - start])
@@ -359,17 +376,17 @@ class Device:
 
     def settle(self, _, context, params, layers, staging, packed):
         self._note("settle", packed, context)
-        row, length, prompt_length, _, _, table = self._unpacked(packed[0])
+        row, length, prompt_length, _, table = self._unpacked(packed[0])
         if row < self.rows:
             assert length == prompt_length <= context
             self.metadata[row] = tuple(self.staging[:length])
             self.pages |= dict.fromkeys(table, self.metadata[row])
         return layers
 
-    def begin(self, _, tokens, logits, packed):
-        self._note("begin", packed)
-        row, length, _, seed, _, _ = self._unpacked(packed[0])
-        tokens, chosen = np.array(tokens), following(logits, seed)
+    def begin(self, tokens, logits, packed, sampling):
+        self._note("begin", packed, *jax.tree.leaves(sampling))
+        row, length, *_ = self._unpacked(packed[0])
+        tokens, chosen = np.array(tokens), following(logits, *drawn(sampling, 0))
         if row < self.rows:
             assert len(logits) == length
             tokens[row] = max(chosen, 0)
@@ -395,8 +412,8 @@ class Device:
         return tuple(self.pages[table[i // self.size], i % self.size] for i in range(length))
 
     def _unpacked(self, packed: np.ndarray):
-        row, length, prompt_length, seed, forced = packed[: programs.HEADER].tolist()
-        return row, length, prompt_length, seed, forced, [p for p in packed[programs.HEADER :].tolist() if p < self.num_pages]
+        row, length, prompt_length, forced = packed[: programs.HEADER].tolist()
+        return row, length, prompt_length, forced, [p for p in packed[programs.HEADER :].tolist() if p < self.num_pages]
 
     def _note(self, program: str, *arguments):
         """Remembers what decides on compilation, and that an array which the device may still read has not changed since."""
@@ -475,6 +492,7 @@ class Asked:
     n: int
     seed: int
     stops: list[int]
+    sampling: Sampling | None = None
     aborted: bool = False
     tokens: dict[int, list[int]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
     reasons: dict[int, str] = dataclasses.field(default_factory=dict)
@@ -482,7 +500,7 @@ class Asked:
     def alone(self, index: int) -> tuple[list[int], str]:
         text, reason = list(self.prompt), "length"
         while len(text) < len(self.prompt) + self.max_tokens:
-            token = following(tuple(text), self.seed + index)
+            token = following(tuple(text), self.sampling or DEFAULT, self.seed + index)
             if token < 0:
                 reason = "error: logits are not finite"
                 break
@@ -521,18 +539,22 @@ class Trace:
         if rng.random() < 0.1:
             prompt[int(rng.integers(length))] = BAD
         stops = rng.integers(0, BAD, int(rng.integers(0, 2))).tolist()
-        return Asked(prompt, int(rng.integers(1, LONGEST - length + 1)), n, int(rng.integers(0, 3)), stops)
+        sampling = (None, Sampling(), Sampling(3.0), Sampling(1.0, 4))[int(rng.integers(4))]
+        return Asked(prompt, int(rng.integers(1, LONGEST - length + 1)), n, int(rng.integers(0, 3)), stops, sampling)
+
+    def options(self, asked: Asked) -> dict[str, Any]:
+        return dict(max_tokens=asked.max_tokens, seed=asked.seed, stop_tokens=asked.stops, sampling=asked.sampling)
 
     def add(self):
         asked = self.request(n=int(self.rng.choice([1, 1, 1, 2, 4])))
         name = f"r{len(self.asked)}"
-        self.engine.add(name, asked.prompt, max_tokens=asked.max_tokens, n=asked.n, seed=asked.seed, stop_tokens=asked.stops)
+        self.engine.add(name, asked.prompt, n=asked.n, **self.options(asked))
         self.asked[name] = asked
 
     def open_stream(self):
         asked = self.request(n=1)
         found: list[int] = []
-        stream = self.engine.stream(asked.prompt, max_tokens=asked.max_tokens, seed=asked.seed, stop_tokens=asked.stops)
+        stream = self.engine.stream(asked.prompt, **self.options(asked))
         self.streams.append((asked, stream, found))
 
     def advance_stream(self):
@@ -620,6 +642,7 @@ def test_random_traces(byte_model, monkeypatch, kind, seed):
         byte_model, strategy, kv_memory=memory(byte_model, strategy, int(rng.integers(1, 60 // page_size)), rows), max_num_seqs=rows,
         max_model_len=LONGEST, max_num_batched_tokens=rows + int(rng.integers(1, 16)), prefill_chunk=chunk,
         prefix_caching=kind == "prefix-caching", watermark=float(rng.choice([0.0, 0.01, 0.2])), extents=int(rng.integers(1, 5)),
+        sampling=DEFAULT,
     )  # fmt: skip
     device = Device(engine)
     device.install(monkeypatch)

@@ -4,8 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kvjax.kernels import dispatch
-from kvjax.kernels.gather import gather_pages, gather_rows, gather_tokens, mosaic_gpu, reference
-from kvjax.kernels.gather.cases import CASES, assert_same_bits, random_pool, run, verify
+from kvjax.kernels.gather import gather_pages, gather_rows, gather_tokens, mosaic_gpu
+
+from tests.kernels.gather import reference
+from tests.kernels.gather.cases import CASES, assert_same_bits, random_pool, run, verify
 
 IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 

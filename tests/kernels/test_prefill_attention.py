@@ -8,8 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kvjax.kernels.dispatch import UnsupportedError
-from kvjax.kernels.prefill_attention import api, column_mass, mosaic_gpu, mosaic_tpu, prefill_attention, reference, xla
-from kvjax.kernels.prefill_attention.cases import (
+from kvjax.kernels.prefill_attention import api, column_mass, mosaic_gpu, mosaic_tpu, prefill_attention, xla
+from kvjax.kernels.prefill_attention.mosaic_gpu import Config
+
+from kvjax.cache.attention import prompt_attention
+from kvjax.cache.policies import Policy
+from tests.kernels.prefill_attention import reference
+from tests.kernels.prefill_attention.cases import (
     BLOCK,
     CASES,
     EXACT,
@@ -22,10 +27,6 @@ from kvjax.kernels.prefill_attention.cases import (
     verify_attention,
     verify_mass,
 )
-from kvjax.kernels.prefill_attention.mosaic_gpu import Config
-
-from kvjax.cache.attention import prompt_attention
-from kvjax.cache.policies import Policy
 
 SMALL = Config(warpgroups=WARPGROUPS, queries=64, stages=2)
 assert SMALL.keys == BLOCK
@@ -177,6 +178,11 @@ class TestTheTestsCanFail:
     def forgets_the_scale(operation, q, k, x, start, count, scale, **how):
         return operation(q, k, x, start, count, **how)
 
+    @staticmethod
+    def answers_four_percent_too_much(operation, q, k, v, start, count, **how):
+        out, lse = operation(q, k, v, start, count, **how)
+        return (1.04 * out.astype(jnp.float32)).astype(out.dtype), lse
+
     BOTH = (sees_the_next_token, forgets_the_last_query, forgets_the_scale)
     OF_MASS = (*BOTH, uses_an_lse_in_bfloat16, takes_one_head_of_the_group)
 
@@ -189,6 +195,14 @@ class TestTheTestsCanFail:
     def test_mistake_in_attention_is_noticed(self, mutant, rng):
         with pytest.raises(AssertionError):
             verify_attention(Case(counts=(100, 80), scale=0.2), rng, "xla", partial(mutant, prefill_attention))
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_small_error_in_small_outputs_is_noticed(self, dtype, rng):
+        """Behind two hundred tokens, where attention averages most of the values away."""
+        case = Case(counts=(40,), starts=(200,), scale=0.05, dtype=dtype)
+        verify_attention(case, rng, "xla")
+        with pytest.raises(AssertionError, match="output"):
+            verify_attention(case, rng, "xla", partial(self.answers_four_percent_too_much, prefill_attention))
 
     @pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu"])
     def test_a_diagonal_one_off_is_noticed(self, implementation, rng, monkeypatch, small_tiles):

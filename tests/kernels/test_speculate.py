@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kvjax.kernels.dispatch import UnsupportedError
-from kvjax.kernels.speculate import mosaic_gpu, reference, speculate
-from kvjax.kernels.speculate.cases import CASES, Case, call, problem, verify
+from kvjax.kernels.speculate import mosaic_gpu, speculate
+
+from tests.kernels.speculate import reference
+from tests.kernels.speculate.cases import CASES, Case, call, problem, verify
 
 IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 

@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import made_study
 import pytest
 
+from kvjax.cache.spec import read_identity
 from kvjax.report import figures
 from kvjax.report.curves import Summary, by_strategy, curves, summary
 from kvjax.report.figures import Panel, front, style
@@ -27,14 +28,18 @@ def texts(path) -> list[str]:
 
 
 def test_a_family_has_one_colour_and_marker_whatever_its_arguments_and_store():
-    assert style("h2o") == style("h2o(heavy=0.1,recent=0.1)")
-    paged = style("h2o(heavy=0.1,recent=0.1)+paged")
-    assert (paged.color, paged.marker) == (style("h2o").color, style("h2o").marker)
-    assert (paged.line, paged.filled) != (style("h2o").line, style("h2o").filled)
-    known = [style(name) for name in ("full", "vllm", "h2o", "streaming", "infinigen", "offload", "oracle_topk")]
-    assert len({look.color for look in known}) == len({look.marker for look in known}) == 7
-    assert style("mine:Own(keep=3)") == style("mine:Own(keep=4)")
-    assert style("mine:Own").color not in {look.color for look in known}
+    def look(label: str):
+        identity = read_identity(label)
+        return style(identity.family, identity.variant)
+
+    assert look("h2o") == look("h2o(heavy=0.1,recent=0.1)")
+    paged = look("h2o(heavy=0.1,recent=0.1)+paged(16)")
+    assert (paged.color, paged.marker) == (look("h2o").color, look("h2o").marker)
+    assert (paged.line, paged.filled) != (look("h2o").line, look("h2o").filled)
+    known = [look(name) for name in ("full", "vllm", "h2o", "streaming", "infinigen", "offload", "oracle_topk")]
+    assert len({one.color for one in known}) == len({one.marker for one in known}) == 7
+    assert look("mine:Own(keep=3)") == look("mine:Own(keep=4)")
+    assert look("mine:Own").color not in {one.color for one in known}
 
 
 def test_repeats_are_joined_and_a_series_is_what_the_cell_declares():

@@ -4,7 +4,6 @@ Dims as in kvjax.cache.state; S tokens of a call, G query heads of a kv head, K 
 """
 
 import dataclasses
-from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.cache.notation import written
 from kvjax.cache.state import CacheShape, Own
 from kvjax.errors import SpecError
 from kvjax.kernels.attention import Observe
@@ -129,13 +129,15 @@ class Policy:
 
     Class attributes:
       per_head: each kv head keeps its own tokens; False shares one choice, and its books, among all heads.
+      family: what figures, tables and comparisons group it under, and what gives it its look; None: its own name.
+      unlimited: it keeps and reads every token, so it is the full cache.
       selects: by what the policy chooses what a step reads; None: it reads everything.
       fetches: the policy's choice is of tokens to fetch, so it stands in a store with a tier that fetches and in no other.
-      rule: says that decode steps evict exactly so, which a kernel can do in one launch; a subclass that ranks or observes in another way
-        has to say None.
     """
 
     per_head: ClassVar[bool] = True
+    family: ClassVar[str | None] = None
+    unlimited: ClassVar[bool] = False
     selects: ClassVar[Queries | None] = None
     fetches: ClassVar[bool] = False
 
@@ -146,6 +148,7 @@ class Policy:
 
     @property
     def rule(self) -> TopMass | None:
+        """That decode steps evict exactly so, which a kernel can do in one launch; a subclass that ranks in another way has to say None."""
         return None
 
     # ------------------------------------------------------------------------------------------------------------------ what is kept
@@ -154,12 +157,12 @@ class Policy:
         """Tokens kept per kv head once the prompt is in: an int for an int, an array for an array. None: all of them, for ever."""
         return None
 
-    def kept_in_layer(self, prompt_length: Int[Array, " B"], layer: int, num_layers: int) -> Int[Array, "B h"] | None:
-        """Tokens kept in a layer, by kv head (or 1 for all), where that differs from `kept_tokens`; None: it does not."""
+    def kept_in_layer(self, prompt_length: Int[Array, " B"], layer: Any, num_layers: int) -> Int[Array, "B h"] | None:
+        """Tokens kept in a layer (an int, or a traced one), by kv head or for all, where that differs from `kept_tokens`; None: it does not."""
         return None
 
-    def most_kept(self, prompt_length: int, layer: int, num_layers: int) -> int | None:
-        """Tokens that any kv head of a layer may have to hold: what memory is allocated for."""
+    def most_kept(self, prompt_length: int, layer: int | None = None, num_layers: int = 1) -> int | None:
+        """Tokens that any kv head of a layer (None: of any layer) may have to hold: what memory is allocated for."""
         return self.kept_tokens(prompt_length)
 
     def allocate(self, slots: Slots, priority: Float[Array, "B h C"], budget: Int[Array, "B h"]) -> Int[Array, "B h"]:
@@ -189,13 +192,15 @@ class Policy:
     def initial(self, k: Float[Array, "B S Hkv D"], v: Float[Array, "B S Hkv D"], guide: Any) -> Own:
         """The state of tokens that were just stored, arrays [B, h, ..., S]; `guide`: what a calibration has for this layer, or None.
 
-        By default zeros per token and head for a policy that observes, and nothing for others.
+        By default zeros per token and head (one for all, with a shared choice) for a policy that observes, and nothing for others.
         """
-        return () if self.observes is None else jnp.zeros((k.shape[0], k.shape[2], k.shape[1]), jnp.float32)
+        return () if self.observes is None else jnp.zeros((k.shape[0], k.shape[2] if self.per_head else 1, k.shape[1]), jnp.float32)
 
     def observe(self, own: Own, seen: Seen) -> Own:
-        """The state after attention; by default what was observed is added up."""
-        return own if seen.mass is None else own + seen.mass
+        """The state after attention; by default what was observed is added up, over the heads, too, where they share one choice."""
+        if seen.mass is None:
+            return own
+        return own + (seen.mass if self.per_head else seen.mass.sum(1, keepdims=True))
 
     def priority(self, slots: Slots) -> Float[Array, "B h C"]:
         """What to keep: the higher stays, PROTECTED always does; between equals the lower position stays."""
@@ -249,18 +254,42 @@ class Policy:
         """This policy with nothing left out of `amount` tokens."""
         return self.with_budget(amount)
 
+    def total_budget(self) -> Amount | None:
+        """What this policy keeps or reads in total, as `with_budget` takes it; None where it has no limit or does not say."""
+        return None
+
     def describe(self) -> str:
         """The spec string that makes this policy; switches (words, True or False, None) that stand at their default are left out."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields = [f for f in dataclasses.fields(self) if isinstance(f.default, bool | str | None) or "switch" in f.metadata]
         switches = {f.name: f.default for f in fields}
-        arguments = ",".join(f"{name}={value}" for name, value in values.items() if switches.get(name, ...) != value)
-        return f"{spec_name(type(self))}({arguments})" if arguments else spec_name(type(self))
+        changed = {name: value for name, value in arguments(self).items() if switches.get(name, ...) != value}
+        return written(policy_name(type(self)), changed)
 
 
 def spec_name(policy: type[Policy]) -> str:
-    """The name a policy has in spec strings: `name` if the class defines it, else the class name in lower case."""
+    """The name of a policy of kvjax: `name` if the class defines it, else the class name in lower case."""
     return getattr(policy, "name", policy.__name__.lower())
+
+
+def policy_name(policy: type[Policy]) -> str:
+    """What names a policy in a spec string: its name for one of kvjax, `module:Class` for one of a user's own.
+
+    A class inside a function cannot be named by a spec string; its name stands alone then.
+    """
+    own = not policy.__module__.startswith(f"{__package__}.")
+    return f"{policy.__module__}:{policy.__name__}" if own and policy.__qualname__ == policy.__name__ else spec_name(policy)
+
+
+def arguments(policy: Policy) -> dict[str, Any]:
+    """What makes a policy, by name."""
+    return {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy) if field.init}
+
+
+def total(*amounts: Amount) -> Amount | None:
+    """The sum of amounts that are all tokens or all fractions; None for a mixture."""
+    if all(isinstance(amount, int) for amount in amounts):
+        return sum(amounts)
+    return round(sum(amounts), 9) if all(isinstance(amount, float) for amount in amounts) else None
 
 
 def tokens(amount: Amount, prompt_length: Any) -> Any:

@@ -9,5 +9,7 @@ from kvjax.cache.policies.base import Amount, Policy
 class Full(Policy):
     """Every token is kept and read."""
 
+    unlimited = True
+
     def with_budget(self, amount: Amount) -> "Full":
         return self

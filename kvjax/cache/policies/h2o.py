@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
-from kvjax.cache.policies.base import PROTECTED, Amount, Policy, Slots, TopMass, check_amount, halves, tokens
+from kvjax.cache.policies.base import PROTECTED, Amount, Policy, Slots, TopMass, check_amount, halves, tokens, total
 from kvjax.errors import SpecError
 from kvjax.kernels.attention import Observe
 
@@ -53,6 +53,9 @@ class H2O(Policy):
         """Half of it heavy, half recent, as in the paper."""
         heavy, recent = halves(amount)
         return dataclasses.replace(self, heavy=heavy, recent=recent)
+
+    def total_budget(self) -> Amount | None:
+        return total(self.heavy, self.recent)
 
     @property
     def observes(self) -> Observe:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ class InfiniGen(Policy):
     Attributes:
       alpha: a token is read if its guessed share of attention, the mean over the query heads of its kv head, is over exp(-alpha). With the
         other ways to join heads: how far below the highest guessed logit of the tokens not set aside it may be (logits are scaled, so
-        exp(-alpha) of their largest weight); the paper takes 4 for OPT and 5 for Llama-2.
+        exp(-alpha) of their largest weight); the paper takes 4 for OPT and 5 for Llama-2. Default: 8 (infinigen_paper: 4), without a loss.
       partial: columns of a head, as a fraction of its width.
       budget: tokens read at most, or that fraction of the tokens held; with the sinks and the recent, without the one being decoded.
       sinks: tokens at the start that are always read.
@@ -76,9 +76,11 @@ class InfiniGen(Policy):
       pool: tokens the pool holds, or that fraction of the prompt; None: no limit. Sinks and recent stay in it, within half of it.
       victim: what gives way when the pool is full: the token fetched least often, least recently, or the oldest.
       full_layers: layers at the bottom that read everything, because outliers only emerge behind them.
+      loss: instead of alpha, the share of attention that may be missed on the calibration's sample, the mean over the layers that guess.
+        Nothing can run before kvjax.calibrate.for_loss has put an alpha in its place.
     """
 
-    alpha: float = 8.0
+    alpha: float | None = None
     partial: float = 0.5
     budget: Amount = 0.2
     sinks: int = 4
@@ -91,15 +93,21 @@ class InfiniGen(Policy):
     pool: Amount | None = None
     victim: Victim = "counter"
     full_layers: int = dataclasses.field(default=2, metadata=dict(switch=True))
+    loss: float | None = None
 
     selects = "ahead"
     fetches = True
+    usual_alpha: ClassVar[float] = 8.0
 
     def __post_init__(self):
+        if self.loss is not None:
+            self._check_loss(self.loss)
+        elif self.alpha is None:
+            object.__setattr__(self, "alpha", self.usual_alpha)
         check_amount("infinigen", "budget", self.budget)
         if not self.budget:
             raise SpecError("infinigen: budget=0 reads nothing; give at least 1 token, for example infinigen(budget=0.2)")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not self.alpha >= 0:
+        if self.loss is None and (isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not self.alpha >= 0):
             raise SpecError(f"infinigen: alpha={self.alpha!r} is not a number of at least 0")
         for name, what in (("full_layers", "layers"), ("sinks", "tokens, 0 or more"), ("recent", "tokens, 0 or more")):
             value = getattr(self, name)
@@ -118,6 +126,21 @@ class InfiniGen(Policy):
             if getattr(self, name) not in get_args(kind):
                 raise SpecError(f"infinigen: {name}={getattr(self, name)} does not exist; choose from {', '.join(get_args(kind))}")
 
+    def _check_loss(self, loss: Any) -> None:
+        if isinstance(loss, bool) or not isinstance(loss, int | float) or not 0 < loss < 1:
+            raise SpecError(f"infinigen: loss={loss!r} is not a share of attention between 0 and 1, for example 0.02")
+        if self.alpha is not None:
+            raise SpecError(f"infinigen: alpha={self.alpha!r} and loss={loss!r} both set the threshold; give one of them")
+        if self.pool is not None:
+            raise SpecError(f"infinigen: loss={loss!r} says nothing of what leaves a pool (pool={self.pool!r}); give alpha with it")
+
+    @property
+    def threshold(self) -> float:
+        """alpha. Raises SpecError where it has not been found for a loss yet."""
+        if self.alpha is None:
+            raise SpecError(f"{self.describe()}: alpha is still to be found for this loss; `kvjax calibrate --loss={self.loss}` prints it")
+        return self.alpha
+
     @property
     def tracks_use(self) -> bool:
         return self.pool is not None and self.victim != "fifo"
@@ -125,8 +148,11 @@ class InfiniGen(Policy):
     def with_budget(self, amount: Amount) -> "InfiniGen":
         return dataclasses.replace(self, budget=amount)
 
+    def total_budget(self) -> Amount:
+        return self.budget
+
     def ample(self, amount: int) -> "InfiniGen":
-        return dataclasses.replace(self, budget=amount, alpha=math.inf, pool=None)
+        return dataclasses.replace(self, budget=amount, alpha=math.inf, loss=None, pool=None)
 
     # ------------------------------------------------------------------------------------------------------------------ what is read
 
@@ -156,9 +182,9 @@ class InfiniGen(Policy):
         open_slots = (position >= 0) & ~always
         joined = jnp.where(open_slots, self._joined(logits, position >= 0), NEG_INF)
         if self.group == "mass":
-            near = open_slots & (joined > -self.alpha)
+            near = open_slots & (joined > -self.threshold)
         else:
-            near = open_slots & (joined > joined.max(-1, keepdims=True) - self.alpha)
+            near = open_slots & (joined > joined.max(-1, keepdims=True) - self.threshold)
             near |= open_slots & (joined == joined.max(-1, keepdims=True))  # with alpha=0 the highest alone
         counts = (near | always).sum(-1)
         mean = counts.sum(-1) // counts.shape[-1] if self.count == "request" else jnp.full(counts.shape[:1], counts.sum() // counts.size)
@@ -178,11 +204,11 @@ class InfiniGen(Policy):
 
     def near_top(self, view: View) -> NearTop | None:
         """For counts of every request, and heads joined as the kernel can; with alpha=0 equals count here, and not in the kernel."""
-        if self.count != "request" or self.group == "mean" or not self.alpha or view.queries is None:
+        if self.count != "request" or self.group == "mean" or not self.threshold or view.queries is None:
             return None
         always = self.always_read(view.position, view.length) if self.sinks or self.recent else None
         most, limit = self._most(view.position), self._limit(view.position.shape[-1])
-        return NearTop(view.queries, view.own.partial, float(self.alpha), most, limit, always, self.group)
+        return NearTop(view.queries, view.own.partial, float(self.threshold), most, limit, always, self.group)
 
     def _set_aside(self, position: Int[Array, "B h C"], length: Int[Array, "B 1 1"], most: Int[Array, "B 1 1"]) -> Bool[Array, "B h C"]:
         """The first and the last of `length` tokens that are to stay, where `most` may: half of those at most are set aside."""
@@ -228,7 +254,6 @@ class InfiniGen(Policy):
 class InfiniGenPaper(InfiniGen):
     """The rule as published: no token is set aside, the threshold lies `alpha` below the highest guessed logit."""
 
-    alpha: float = 4.0
     partial: float = 0.3
     budget: Amount = 0.2
     sinks: int = 0
@@ -237,4 +262,5 @@ class InfiniGenPaper(InfiniGen):
     correction: bool = False
     group: GroupJoin = "max"
 
+    usual_alpha = 4.0
     name = "infinigen_paper"

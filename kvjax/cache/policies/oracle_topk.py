@@ -31,6 +31,9 @@ class OracleTopK(Policy):
     def with_budget(self, amount: Amount) -> "OracleTopK":
         return dataclasses.replace(self, k=amount)
 
+    def total_budget(self) -> Amount:
+        return self.k
+
     def choose(
         self, logits: Float[Array, "B Hkv G C"], position: Int[Array, "B h C"], length: Int[Array, " B"], prompt_length: Int[Array, " B"]
     ) -> Selection:

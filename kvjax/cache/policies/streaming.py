@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kvjax.cache.policies.base import PROTECTED, Amount, Policy, Slots, check_amount, tokens
+from kvjax.cache.policies.base import PROTECTED, Amount, Policy, Slots, check_amount, tokens, total
 from kvjax.errors import SpecError
 
 
@@ -40,6 +40,10 @@ class Streaming(Policy):
         if amount <= self.sinks:
             raise SpecError(f"streaming: a budget of {amount} leaves no window beside sinks={self.sinks}; give more")
         return dataclasses.replace(self, window=amount - self.sinks if isinstance(amount, int) else round(amount - self.sinks, 9))
+
+    def total_budget(self) -> Amount | None:
+        on_top = isinstance(self.window, float) and isinstance(self.sinks, int)
+        return self.window if on_top else total(self.sinks, self.window)
 
     def priority(self, slots: Slots):
         sink = slots.position < tokens(self.sinks, slots.prompt_length)

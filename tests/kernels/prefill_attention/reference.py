@@ -4,7 +4,7 @@ import numpy as np
 
 
 def prefill_attention(q, k, v, start, count, scale: float | None = None):
-    """See api.py. Takes NumPy arrays; [B, S, H, D] and [B, H, S], float32."""
+    """See kernels/prefill_attention/api.py. Takes NumPy arrays; [B, S, H, D] and [B, H, S], float32."""
     batch, size, heads, _ = q.shape
     out, lse = np.zeros(q.shape, np.float32), np.full((batch, heads, size), np.inf, np.float32)
     for b in range(batch):
@@ -19,7 +19,7 @@ def prefill_attention(q, k, v, start, count, scale: float | None = None):
 
 
 def column_mass(q, k, lse, start, count, scale: float | None = None):
-    """See api.py. Takes NumPy arrays; [B, Hkv, K], float32."""
+    """See kernels/prefill_attention/api.py. Takes NumPy arrays; [B, Hkv, K], float32."""
     batch, _, heads, _ = q.shape
     mass = np.zeros((batch, k.shape[2], k.shape[1]), np.float32)
     for b in range(batch):

@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterator
 
 import jax.numpy as jnp
+from kvjax.kernels.dispatch import Name
+from kvjax.kernels.speculate import speculate
 
-from .. import shapes
-from ..dispatch import Name
-from ..shapes import Case, Geometry, array
-from .api import speculate
+from tests.kernels import shapes
+from tests.kernels.shapes import Case, Geometry, array
 
 SIZES = ((1, 8192), (32, 2048), (32, 8192), (256, 2048), (1, 131072))  # rows, context
 

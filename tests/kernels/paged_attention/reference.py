@@ -1,12 +1,11 @@
 """Paged decode attention, as it is defined: one row, one query head and one slot after the other, float32, NumPy."""
 
 import numpy as np
-
-NEG_INF = -1e30  # logit of a slot that is not read, and log-sum-exp of a query that reads nothing; finite, so that differences stay numbers
+from kvjax.kernels.paged_attention.base import NEG_INF
 
 
 def paged_attention(q, k_pages, v_pages, block_tables, lengths, *, visible=None, k_scales=None, v_scales=None, scale, statistics=False):
-    """Arguments and results as in api.py, tables `[B, h, T]`; concrete arrays only."""
+    """Arguments and results as in kernels/paged_attention/api.py, tables `[B, h, T]`; concrete arrays only."""
     q, k_pages, v_pages = (np.asarray(x).astype(np.float32) for x in (q, k_pages, v_pages))
     block_tables, lengths = np.asarray(block_tables), np.asarray(lengths)
     batch, heads, dim = q.shape

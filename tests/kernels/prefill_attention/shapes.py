@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
+from kvjax.kernels.dispatch import Name
+from kvjax.kernels.prefill_attention import column_mass, prefill_attention
 
-from .. import shapes
-from ..dispatch import Name
-from ..shapes import Case, Geometry, array
-from .api import column_mass, prefill_attention
+from tests.kernels import shapes
+from tests.kernels.shapes import Case, Geometry, array
 
 SIZES = ((1, 2048, 2048), (1, 8192, 8192), (32, 2048, 2048), (1, 32768, 32768), (1, 131072, 131072), (8, 512, 32768))
 """Rows, queries, keys."""

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from functools import partial
 
 import jax.numpy as jnp
+from kvjax.kernels.gather import gather_pages, gather_tokens
 
-from .. import shapes
-from ..shapes import Case, array
-from .api import gather_pages, gather_tokens
+from tests.kernels import shapes
+from tests.kernels.shapes import Case, array
 
 SIZES = ((1, 131072, 2048), (32, 8192, 512), (256, 2048, 256))  # rows, context, tokens selected
 

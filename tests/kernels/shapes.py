@@ -1,12 +1,11 @@
-"""Real shapes to compile kernels at: every operation's folder lists its own in `shapes.py`, `cases() -> Iterator[Case]`."""
+"""Real shapes to compile kernels at (experiments/aot.py): every operation's folder here lists its own in `shapes.py`, `cases()`."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
-
-from .dispatch import Name
+from kvjax.kernels.dispatch import Name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
+from kvjax.kernels.dispatch import Name
+from kvjax.kernels.paged_attention import paged_attention, pool_dim
 
-from .. import shapes
-from ..dispatch import Name
-from ..shapes import Case, Geometry, array
-from .api import paged_attention, pool_dim
+from tests.kernels import shapes
+from tests.kernels.shapes import Case, Geometry, array
 
 SIZES = ((1, 2048, 16), (1, 131072, 128), (32, 8192, 64), (256, 2048, 32))  # rows, context, page size
 MODELS = (shapes.OPT_6_7B, shapes.OPT_13B, shapes.LLAMA_3_8B, shapes.QWEN3_8B)

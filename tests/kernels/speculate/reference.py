@@ -1,14 +1,13 @@
-"""Speculation as the loop that api.py describes, in NumPy and float32: what every implementation is tested against."""
+"""Speculation as the loop that kernels/speculate/api.py describes, in NumPy and float32: what every implementation is tested against."""
 
 from typing import Any
 
 import numpy as np
-
-from .base import Speculation
+from kvjax.kernels.speculate import Speculation
 
 
 def speculate(q, partial_keys, visible, cap, always, alpha: float, limit: int, group="max") -> Speculation:
-    """See api.py. Takes and returns NumPy arrays."""
+    """See kernels/speculate/api.py. Takes and returns NumPy arrays."""
     batch, heads, _, capacity = partial_keys.shape
     index = np.full((batch, heads, limit), capacity, np.int32)
     count, above = np.zeros(batch, np.int32), np.zeros((batch, heads), np.int32)

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from kvjax.kernels.dispatch import Name
+from kvjax.kernels.gather import gather_rows
 
-from ..dispatch import Name
-from ..proof import somehow
-from . import reference
-from .api import gather_rows
+from tests.kernels.gather import reference
+from tests.kernels.proof import somehow
 
 
 @dataclasses.dataclass(frozen=True)

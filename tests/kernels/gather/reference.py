@@ -4,7 +4,7 @@ import numpy as np
 
 
 def gather_rows(pool, index):
-    """Arguments and results as in api.py; concrete arrays only."""
+    """Arguments and results as in kernels/gather/api.py; concrete arrays only."""
     pool, index = np.asarray(pool), np.asarray(index)
     block = np.zeros((len(index), *pool.shape[1:]), pool.dtype)
     for place, row in enumerate(index):

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from kvjax.kernels.dispatch import Name
+from kvjax.kernels.speculate import speculate
+from kvjax.kernels.speculate.base import GroupJoin, Speculation
 
-from ..dispatch import Name
-from ..proof import somehow
-from . import reference
-from .api import speculate
-from .base import GroupJoin, Speculation
+from tests.kernels.proof import somehow
+from tests.kernels.speculate import reference
 
 
 @dataclasses.dataclass(frozen=True)
