@@ -194,16 +194,20 @@ class Sample:
     context_tokens: int = 0
 
 
+def lengths(samples: Sequence[Sample]) -> np.ndarray:
+    """Seconds that each sample holds, until the next one [samples]; the last holds for none, and all alike where no time passes."""
+    times = np.array([s.time for s in samples])
+    held = np.append(np.diff(times), 0.0) if len(samples) else times
+    return held if held.any() else np.ones_like(held)
+
+
 def summarise_series(samples: Sequence[Sample]) -> dict[str, float | int | None]:
     """Peaks and time-weighted means of samples in time order; a sample holds until the next one.
 
     `kv_fragmentation_mean` is over the time in which any page was in use, so that idle time does not hide waste.
     `prefix_cache_hit_rate` is tokens found / tokens looked up, None if none was. Without samples everything else is 0.
     """
-    times = np.array([s.time for s in samples])
-    held = np.append(np.diff(times), 0.0) if len(samples) else times
-    if not held.any():
-        held = np.ones_like(held)
+    held = lengths(samples)
     usage, fragmentation = np.array([s.kv_usage for s in samples]), np.array([s.kv_fragmentation for s in samples])
     queried = samples[-1].prefix_query_tokens if samples else 0
     return {

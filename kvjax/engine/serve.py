@@ -12,12 +12,12 @@ import numpy as np
 from kvjax.cache import HostStore
 from kvjax.engine.engine import Engine, Output, RequestRefused
 from kvjax.engine.load import Load, Request
-from kvjax.engine.metrics import Goodput, Sample, Timeline, summarise, summarise_series
+from kvjax.engine.metrics import Goodput, Sample, Timeline, lengths, summarise, summarise_series
 from kvjax.generation import cache_shape
 from kvjax.interrupts import Interrupt, held
 
 SAMPLE_EVERY = 0.02
-"""Seconds between samples of the engine's state."""
+"""Seconds between samples of the engine's state; and one whenever more pages are in use than before: peaks are exact."""
 
 LONGEST_SLEEP = 0.05
 """Seconds; an interrupt is noticed after it."""
@@ -87,8 +87,9 @@ class Service:
         failed = sum(not s.completed for s in self.served)
         series = summarise_series(self.samples)
         budget = engine.budget
-        held = sum(s.kv_usage * budget.num_pages * (budget.page or budget.row) for s in self.samples)
-        context = sum(s.context_tokens for s in self.samples)
+        weights = lengths(self.samples)
+        held = weights @ [s.kv_usage * budget.num_pages * (budget.page or budget.row) for s in self.samples]
+        context = weights @ [s.context_tokens for s in self.samples]
         return {
             **summarise(timelines, self.duration, (50, 90, 95, 99), failed=failed, goodput=goodput, closed_loop=closed_loop),
             **series,
@@ -103,7 +104,7 @@ class Service:
             "kv_metadata_bytes": budget.rows * budget.row,
             "kv_staging_bytes": budget.staging,
             "kv_peak_used_bytes": round(float(series["kv_usage_peak"] or 0) * budget.num_pages) * budget.page,
-            "kv_bytes_per_token": held / context if context else None,
+            "kv_bytes_per_token": float(held / context) if context else None,
             **self._host_record(engine),
         }
 
@@ -157,6 +158,7 @@ def _serve(
     samples: list[Sample] = []
     under_way = ended = 0
     freed = 0.0  # when the client last got a place back
+    fullest = 0  # most pages in use that a sample shows
     before, steps, traffic = engine.sample(0.0), engine.steps, engine.traffic()
     complete, began, last = True, time.perf_counter(), 0.0
 
@@ -198,7 +200,9 @@ def _serve(
                 take(engine.step())
             elif waiting:
                 time.sleep(min(max(waiting[0].arrival - now(), 0.0), LONGEST_SLEEP))
-            if not samples or now() - samples[-1].time >= SAMPLE_EVERY:
+            used = engine.scheduler.blocks.used_blocks
+            if not samples or used > fullest or now() - samples[-1].time >= SAMPLE_EVERY:
+                fullest = max(fullest, used)
                 sample()
                 progress(ended, under_way)
     except KeyboardInterrupt:

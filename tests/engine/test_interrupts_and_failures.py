@@ -67,6 +67,17 @@ def test_an_interrupt_at_any_moment_of_serving_keeps_what_was_served(engine, loa
     assert interrupted >= 10
 
 
+def test_peaks_are_seen_however_seldom_one_looks(engine, load, monkeypatch):
+    """The whole load between two looks at the clock."""
+    monkeypatch.setattr(serve, "SAMPLE_EVERY", np.inf)
+    service = serve.serve(engine, load)
+    most, blocks = max(s.kv_usage for s in service.samples), engine.scheduler.blocks
+    assert most == 2 * np.ceil((40 + 8 - 1) / blocks.block_size) / blocks.num_blocks, "two requests at a time, whose last token is never written"
+    record = service.record(engine)
+    assert record["kv_usage_peak"] == most
+    assert record["kv_bytes_per_token"] > 0
+
+
 def test_an_interrupt_comes_between_two_calls_of_an_engine(engine):
     prompt = list(range(40))
     expected = list(engine.stream(prompt, max_tokens=40, stop_tokens=[]))
