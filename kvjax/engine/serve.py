@@ -17,7 +17,7 @@ from kvjax.generation import cache_shape
 from kvjax.interrupts import Interrupt, held
 
 SAMPLE_EVERY = 0.02
-"""Seconds between samples of the engine's state; and one whenever more pages are in use than before: peaks are exact."""
+"""Seconds between samples of the engine's state, and one whenever more pages are in use than before: peaks are exact."""
 
 LONGEST_SLEEP = 0.05
 """Seconds; an interrupt is noticed after it."""

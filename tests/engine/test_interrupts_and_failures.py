@@ -72,7 +72,7 @@ def test_peaks_are_seen_however_seldom_one_looks(engine, load, monkeypatch):
     monkeypatch.setattr(serve, "SAMPLE_EVERY", np.inf)
     service = serve.serve(engine, load)
     most, blocks = max(s.kv_usage for s in service.samples), engine.scheduler.blocks
-    assert most == 2 * np.ceil((40 + 8 - 1) / blocks.block_size) / blocks.num_blocks, "two requests at a time, whose last token is never written"
+    assert most == 2 * np.ceil((40 + 8 - 1) / blocks.block_size) / blocks.num_blocks, "of two requests at a time"
     record = service.record(engine)
     assert record["kv_usage_peak"] == most
     assert record["kv_bytes_per_token"] > 0
