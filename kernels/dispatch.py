@@ -87,7 +87,7 @@ class Operation:
             reason = unavailable(candidate.name, device)
             if reason is None and (reason := candidate.supports(*args, **kwargs)) is None:
                 return candidate
-            if _meant_for(candidate.name, device):
+            if candidate.name.startswith("mosaic") and _meant_for(candidate.name, device):
                 _log_once(self.name, candidate.name, reason)
             reasons.append(f"{candidate.name}: {reason}")
         raise UnsupportedError(f"{self.name}: nothing can run this: {'; '.join(reasons)}")

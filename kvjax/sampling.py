@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax import checks
-from kvjax.cache.attention import NEG_INF
+from kvjax.kernels.attention import NEG_INF
 from kvjax.errors import InputError, SpecError
 
 NOT_FINITE = -2

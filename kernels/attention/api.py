@@ -59,7 +59,9 @@ def attention(
 
 def scores(q: jax.Array, keys: Keys, *, scale: float | None = None) -> jax.Array:
     """Scaled logits of one query per row [B, 1, H, D] against every slot of its row, seen or not: float32 [B, Hkv, G, C]."""
-    return xla.scores(q, keys, float(q.shape[-1] ** -0.5 if scale is None else scale))
+    factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    columns = keys.layout == "columns" or (keys.layout == "rows" and keys.table is None)
+    return (xla_cpu if columns else xla).scores(q, keys, factor)
 
 
 __all__ = ["OPERATION", "attention", "scores"]

@@ -11,6 +11,7 @@ A later chunk of a prompt takes a row's pages a few at a time, as many as the ro
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def attention(
     if q.shape[1] > 1:
         assert mask.query is not None
         assert keys.table is not None
-        return Attended(_chunk(q, keys, keys.table, mask.query, scale, softcap))
+        return Attended(_chunk(q, keys, keys.table, mask, scale, softcap))
     batch, _, heads, dim = q.shape
     grouped = (q[:, 0] * scale).astype(keys.k[0].dtype).reshape(batch, keys.heads, -1, dim)
     visible = _visible(mask, keys.capacity)
@@ -78,14 +79,9 @@ def _visible(mask: Mask, capacity: int) -> jax.Array:
 def _direct(grouped, keys: Keys, visible, softcap, extra, observe: Sequence[Observe]):
     """Rows that are a page each; [B, Hkv, G, D] -> the same in float32, and statistics."""
     batch, heads, _, dim = grouped.shape
-    (k,), (v,) = keys.k, keys.v
-    flat, k = grouped.reshape(batch * heads, -1, dim), k.reshape(-1, *k.shape[2:])
-    if keys.layout == "columns":
-        logits = jnp.einsum("ngd,nds->ngs", flat, k, preferred_element_type=jnp.float32)
-    else:
-        logits = jnp.einsum("nsd,ngd->nsg", k[..., :dim], flat, preferred_element_type=jnp.float32).swapaxes(1, 2)
-    logits = logits.reshape(batch, heads, -1, logits.shape[-1])
-    weights, factor = softmax_weights(jnp.where(visible[:, :, None], capped(logits, softcap), NEG_INF), extra)
+    (v,) = keys.v
+    logits = capped(_logits(grouped, keys), softcap)
+    weights, factor = softmax_weights(jnp.where(visible[:, :, None], logits, NEG_INF), extra)
     flat = weights.reshape(batch * heads, *weights.shape[2:]).astype(v.dtype)
     out = jnp.einsum("ngs,nsd->ngd", flat, v.reshape(-1, *v.shape[2:])[..., :dim], preferred_element_type=jnp.float32)
     observed = tuple(what.of(weights[..., None, :], factor[..., None]) for what in observe)
@@ -104,6 +100,35 @@ def _paged(grouped, keys: Keys, table: PageTable, visible, softcap, extra, obser
     if not observe:
         highest, total, numerator = _shared_pages(keys, table, softcap, grouped, by_page, highest, total, numerator)
     return numerator / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None], observed
+
+
+def scores(q, keys: Keys, scale: float) -> jax.Array:
+    """See xla.scores; over columns without a copy of all keys."""
+    batch, _, _, dim = q.shape
+    grouped = (q[:, 0] * scale).astype(keys.k[0].dtype).reshape(batch, keys.heads, -1, dim)
+    if keys.table is None:
+        return _logits(grouped, keys)
+    pages, size = keys.table.pages, keys.page_size
+
+    def turn(i, logits):
+        part = taken(keys.k, jax.lax.dynamic_index_in_dim(pages, i, 1, keepdims=False))
+        part = jnp.einsum("bhgd,bhdz->bhgz", grouped, part, preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_slice_in_dim(logits, part, i * size, 3)
+
+    empty = jnp.zeros((*grouped.shape[:3], keys.capacity), jnp.float32)
+    return jax.lax.fori_loop(0, pages.shape[1], turn, empty)
+
+
+def _logits(grouped, keys: Keys) -> jax.Array:
+    """Of rows that are a page each: [B, Hkv, G, D] -> [B, Hkv, G, C], float32."""
+    batch, heads, _, dim = grouped.shape
+    (k,) = keys.k
+    flat, k = grouped.reshape(batch * heads, -1, dim), k.reshape(-1, *k.shape[2:])
+    if keys.layout == "columns":
+        logits = jnp.einsum("ngd,nds->ngs", flat, k, preferred_element_type=jnp.float32)
+    else:
+        logits = jnp.einsum("nsd,ngd->nsg", k[..., :dim], flat, preferred_element_type=jnp.float32).swapaxes(1, 2)
+    return logits.reshape(batch, heads, -1, logits.shape[-1])
 
 
 def _extents(keys: Keys) -> list[tuple[int, int]]:
@@ -185,8 +210,9 @@ def _attend_pages(query, k, v, seen, softcap):
     return top, weights.sum(-1), out, weights
 
 
-def _chunk(q, keys: Keys, table: PageTable, query, scale: float, softcap):
-    """Attention of a chunk at positions `query` [B, S] that has been written, over the slots up to it."""
+def _chunk(q, keys: Keys, table: PageTable, mask: Mask, scale: float, softcap):
+    """Attention of a chunk that has been written, over the slots up to it."""
+    query: Any = mask.query
     batch, size, _, dim = q.shape
     grouped = (q * scale).astype(keys.k[0].dtype).reshape(batch, size, keys.heads, -1, dim).transpose(0, 2, 3, 1, 4)
     span = min(SLOTS_AT_A_TIME, keys.capacity)
@@ -204,7 +230,7 @@ def _chunk(q, keys: Keys, table: PageTable, query, scale: float, softcap):
 
     empty = jnp.zeros(grouped.shape, jnp.float32)
     start = (jnp.int32(0), jnp.full(grouped.shape[:-1], NEG_INF, jnp.float32), empty[..., 0], empty)
-    end = jnp.minimum(query.max() + 1, keys.capacity)
+    end = jnp.minimum((query + 1 if mask.length is None else mask.length).max(), keys.capacity)
     *_, denominator, numerator = jax.lax.while_loop(lambda carry: carry[0] < end, turn, start)
     out = numerator / jnp.maximum(denominator, jnp.finfo(jnp.float32).tiny)[..., None]
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)

@@ -46,6 +46,7 @@ class LayerState:
       own: the policy's state.
       queries: of the last step, for a policy that selects by them; None for others.
       traffic: so far, of a tier that fetches: tokens decoded, then rows (each of one kv head) that were held, wanted, and moved for them.
+      observed: of a prompt that is staged, what attention has shown of every token, an array for each Observe that is asked for.
       row: rows of `own` that a call is about, where an engine keeps more rows than it computes; None: row b is b.
     """
 
@@ -56,6 +57,7 @@ class LayerState:
     own: Own = ()
     queries: Float[Array, "B H D"] | None = None
     traffic: Float[Array, " 4"] | None = None
+    observed: tuple[Float[Array, "B Hkv C"], ...] = ()
     row: Int[Array, " B"] | None = None
 
     def take(self, row: Int[Array, " B"] | None) -> "LayerState":
@@ -133,3 +135,7 @@ class KVState:
     def over(self, layers: tuple[LayerState, ...]) -> "KVState":
         """The same rows over other layers: some of these, to run layer by layer, or none."""
         return dataclasses.replace(self, layers=tuple(layers))
+
+    def handed(self, ahead: Ahead | None) -> "KVState":
+        """The state with what the next layer is going to read."""
+        return dataclasses.replace(self, ahead=ahead)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -11,7 +13,7 @@ from kvjax.cache.pool import PageTable, Platform, Pool, extent_sizes, page_table
 from kvjax.cache.state import CacheShape
 from kvjax.cache.tiers import Device, Host, Tier, Transfer
 from kvjax.errors import SpecError
-from kvjax.kernels.attention import Keys, rows
+from kvjax.kernels.attention import rows
 from kvjax.kernels.dispatch import unavailable
 from kvjax.kernels.dispatch import Device as Hardware
 from kvjax.kernels.paged_attention import pool_dim
@@ -55,6 +57,22 @@ class Store:
     def name(self) -> str:
         """What spec strings call it."""
         return "host" if self.tier.fetches else "dense" if self.page_size is None else "paged"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a spec string can say about it, with its values."""
+        if self.tier.fetches:
+            return self.tier.options
+        return {} if self.page_size is None else {"page_size": self.page_size, "extents": self.extents}
+
+    @property
+    def staging(self) -> "Store":
+        """Where a prompt stands that comes in chunks and is compressed once it is complete."""
+        return Store(platform=self.platform)
+
+    def on_device(self) -> "Store":
+        """This store with its pool in device memory: what is read is the same."""
+        return dataclasses.replace(self, tier=self.tier.on_device())
 
     def native(self, device: Hardware) -> "Store":
         """This store as a device computes with it."""
@@ -111,14 +129,12 @@ class Store:
         length = self.rounded(capacity) // self.page_size
         return page_table(jnp.arange(batch * length, dtype=jnp.int32).reshape(batch, length), batch * length)
 
-    def tokens(self, pool: Pool, table: PageTable | None, batch: int) -> tuple[Float[Array, "B C Hkv D"], Float[Array, "B C Hkv D"]]:
-        """All slots as they would come out of a projection; zeros where a row has no page."""
-        k, v = rows(self.tier.keys(pool, table, batch), batch)
+    def tokens(
+        self, pool: Pool, table: PageTable | None, batch: int, most: int | None = None
+    ) -> tuple[Float[Array, "B C Hkv D"], Float[Array, "B C Hkv D"]]:
+        """All slots, or the first `most`, as they would come out of a projection; zeros where a row has no page."""
+        k, v = rows(self.tier.keys(pool, table, batch, most), batch)
         return k[..., : pool.head_dim].swapaxes(1, 2), v[..., : pool.head_dim].swapaxes(1, 2)
-
-    def keys(self, pool: Pool, table: PageTable | None, batch: int, most: int | None = None) -> Keys:
-        """All that rows hold, as attention takes it, or the first `most` slots."""
-        return self.tier.keys(pool, table, batch, most)
 
     def poisoned(self, pool: Pool, table: PageTable | None, empty: Bool[Array, "B Hkv C"]) -> Pool:
         """As Pool.poisoned; for tests."""
@@ -140,5 +156,5 @@ def host(transfer: Transfer = "jit", levels: int = 4) -> Store:
     return Store(tier=Host(transfer, levels))
 
 
-STORES = {"dense": dense, "paged": paged, "host": host}
+STORES: dict[str, Callable[..., Store]] = {"dense": dense, "paged": paged, "host": host}
 """By the name that spec strings and --store use."""

@@ -9,10 +9,12 @@ wanted, in `levels` steps: a program has static shapes, so it holds one branch f
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.compute_on import compute_on
 from jaxtyping import Array, Float, Int
@@ -25,6 +27,9 @@ from kvjax.kernels.gather import gather_rows
 
 Transfer = Literal["device", "jit", "driven"]
 TRANSFERS = get_args(Transfer)
+
+Rows = tuple[np.ndarray, np.ndarray]
+"""Keys and values of a layer, [B, Hkv, C, D] each, where the host can write them."""
 
 TILE = 64
 """Places of a staging block on a card come in multiples of it: slots that attention takes at a time."""
@@ -66,6 +71,30 @@ class Tier(Protocol):
     @property
     def driven(self) -> bool:
         """Whether the host drives the layers one by one and copies in between."""
+        ...
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a spec string can say about it."""
+        ...
+
+    def on_device(self) -> "Tier":
+        """This tier with its pool in device memory: what is read is the same."""
+        ...
+
+    def fetch_by_host(self, pool: Rows, selection, length: np.ndarray) -> tuple[Ahead, np.int32]:
+        """`fetch` by the host, which waits for the selection (None: the first `length` slots of every row) and starts a copy to the device.
+
+        Returns how many rows a kv head got, too; the books are the caller's.
+        """
+        ...
+
+    def moved(self, most: int, wanted: int) -> int:
+        """Rows that are moved per kv head where `wanted` of up to `most` are asked for."""
+        ...
+
+    def staging_bytes(self, token: int, heads: int, slots: int) -> int:
+        """Device memory that a row of `slots` slots needs while a step runs, a token taking `token` bytes in one of `heads` heads."""
         ...
 
     def on(self, platform: Platform) -> "Tier":
@@ -116,8 +145,24 @@ class Device:
     in_host: ClassVar[bool] = False
     driven: ClassVar[bool] = False
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return {}
+
     def on(self, platform: Platform) -> "Device":
         return self
+
+    def on_device(self) -> "Device":
+        return self
+
+    def fetch_by_host(self, pool: Rows, selection, length: np.ndarray) -> tuple[Ahead, np.int32]:
+        raise SpecError("a pool in device memory is read where it lies; no host fetches from it")
+
+    def moved(self, most: int, wanted: int) -> int:
+        return 0
+
+    def staging_bytes(self, token: int, heads: int, slots: int) -> int:
+        return 0
 
     def place(self, pool: Pool) -> Pool:
         return pool
@@ -178,8 +223,19 @@ class Host:
     def driven(self) -> bool:
         return self.transfer == "driven"
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"transfer": self.transfer, "levels": self.levels}
+
     def on(self, platform: Platform) -> "Host":
         return dataclasses.replace(self, platform=platform)
+
+    def on_device(self) -> "Host":
+        return dataclasses.replace(self, transfer="device")
+
+    def staging_bytes(self, token: int, heads: int, slots: int) -> int:
+        """Blocks of two layers: the one that is computed, and the next."""
+        return 2 * token * heads * self.staged_places(slots)
 
     def place(self, pool: Pool) -> Pool:
         return jax.tree.map(self._to_host, pool) if self.in_host else pool
@@ -216,6 +272,30 @@ class Host:
     def sizes(self, most: int) -> list[int]:
         """Rows per kv head that a fetch of up to `most` of them can have, ascending."""
         return sorted({-(-most * level // self.levels) for level in range(1, self.levels + 1)})
+
+    def fetch_by_host(self, pool: Rows, selection, length: np.ndarray) -> tuple[Ahead, np.int32]:
+        batch, heads, slots, _ = pool[0].shape
+        chosen = None if selection is None else [np.asarray(x) for x in selection]  # waits for the guess, which is not fetching
+        with jax.profiler.TraceAnnotation("fetch"):
+            if chosen is None:
+                most, count = slots, length
+                size = self.moved(most, count.max(initial=0))
+                rows = [x[:, :, :size].copy() for x in pool]
+                slot = np.broadcast_to(np.arange(slots, dtype=np.int32), (batch, heads, slots))
+            else:
+                slot, count = chosen
+                most = slot.shape[2]
+                size = self.moved(most, count.max(initial=0))
+                flat = (np.arange(batch * heads, dtype=np.int64).reshape(batch, heads, 1) * slots + slot[:, :, :size]).reshape(-1)
+                rows = [x.reshape(-1, x.shape[3]).take(flat, axis=0).reshape(batch, heads, size, -1) for x in pool]
+            places = np.where(np.arange(most) < count[:, None, None], slot, slots).astype(np.int32)
+            room = self.staged_places(most)
+            places = np.pad(places, ((0, 0), (0, 0), (0, room - most)), constant_values=slots)
+            k, v = (_roomy(jax.device_put(x), room) for x in rows)
+            return Ahead(jax.device_put(places), k, v, jnp.zeros(3, jnp.float32)), np.int32(size)
+
+    def moved(self, most: int, wanted: int) -> int:
+        return next(size for size in self.sizes(most) if size >= min(wanted, most))
 
     def staged_places(self, most: int) -> int:
         """Places of a staging block for up to `most` rows per kv head, and the step's own token."""
@@ -305,3 +385,9 @@ class Host:
 
     def _to_host(self, x):
         return jax.device_put(x, jax.memory.Space.Host)
+
+
+@partial(jax.jit, static_argnums=1)
+def _roomy(rows: Float[Array, "B Hkv size D"], places: int) -> Float[Array, "B Hkv K D"]:
+    """Fetched rows with room behind them, so that a layer is one program whatever was fetched: how much that is changes all the time."""
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, places - rows.shape[2]), (0, 0)))

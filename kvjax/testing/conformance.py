@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.cache import CacheShape, DenseStore, HostStore, KVState, Policy, Slots, Store, Strategy, ledger
+from kvjax.cache import CacheShape, KVState, Policy, Slots, Store, Strategy, dense, ledger
 from kvjax.cache.ledger import nbytes
 from kvjax.cache.policies import Full
 from kvjax.cache.strategy import highest, lowest
@@ -58,7 +58,7 @@ def check_strategy(policy: Policy | Strategy, store: Store | None = None, seed: 
       seed: of the random inputs; None draws a fresh one, which a failure names.
       checks: names from CHECKS; empty: all.
     """
-    strategy = policy if isinstance(policy, Strategy) else Strategy(policy, store or DenseStore())
+    strategy = policy if isinstance(policy, Strategy) else Strategy(policy, store or dense())
     seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
     outcomes = []
     for name in checks or CHECKS:
@@ -97,7 +97,7 @@ def equals_masked_full_attention(strategy: Strategy, rng: np.random.Generator) -
 
 
 def _slots_hold_what_they_say(strategy: Strategy, tokens: Tokens, kv: KVState) -> None:
-    keys, values = (np.asarray(x) for x in strategy.store.tokens(kv.layers[0].store, kv.shared, tokens.batch))
+    keys, values = (np.asarray(x) for x in strategy.store.tokens(kv.layers[0].pool, kv.table, tokens.batch))
     for row in range(tokens.batch):
         for head in range(SHAPE.num_kv_heads):
             for position, slot in kept(kv, row, head).items():
@@ -111,7 +111,7 @@ def budget_holds_and_nothing_returns(strategy: Strategy, rng: np.random.Generato
     budget = strategy.policy.kept_tokens(PROMPT)
     if budget is None:
         raise Skip("it keeps everything")
-    capacity = strategy.store.capacity(trace.states[0].layers[0].store, trace.states[0].shared)
+    capacity = trace.states[0].layers[0].pool.capacity(trace.states[0].table)
     if strategy.policy.evicts_in_decode:
         need = strategy.store.rounded(min(budget + 1, PROMPT + STEPS))
         assert capacity == need, f"{capacity} slots for a budget of {budget}, {need} would do"
@@ -139,11 +139,11 @@ def protected_survive_ties(strategy: Strategy, rng: np.random.Generator) -> None
     heads = SHAPE.num_kv_heads if policy.per_head else 1
     order = rng.permutation(PROMPT)  # slots stand in any order
     position = jnp.broadcast_to(jnp.asarray(order, jnp.int32), (1, heads, PROMPT))
-    score = jnp.ones(position.shape, jnp.float32) if policy.keeps_score else None
+    own = jax.tree.map(jnp.ones_like, policy.init_own(dataclasses.replace(SHAPE, num_kv_heads=heads), 1, PROMPT, 0))
     one = jnp.full((1, 1, 1), PROMPT, jnp.int32)
-    priority = policy.priority(Slots(position, score, one, one))
+    priority = policy.priority(Slots(position, own, one, one))
     protected = set(order[np.isposinf(np.asarray(priority)[0, 0])].tolist())
-    index = np.asarray(highest(priority, position, jnp.asarray([budget]), budget + 1))[0, 0]
+    index = np.asarray(highest(priority, position, jnp.asarray([[budget]]), budget + 1))[0, 0]
     stayed = [int(order[i]) for i in index if i < PROMPT]
     assert len(stayed) == min(budget, PROMPT)
     assert stayed == sorted(stayed), f"kept tokens are not in order: {stayed}"
@@ -207,13 +207,13 @@ def inactive_rows_are_untouched(strategy: Strategy, rng: np.random.Generator) ->
 def _row_arrays(strategy: Strategy, kv: KVState) -> list[np.ndarray]:
     """What a state holds for its rows, each array with the rows in front."""
     layer = kv.layers[0]
-    stored = strategy.store.tokens(layer.store, kv.shared, kv.length.shape[0])
-    return [np.asarray(x) for x in (*stored, *jax.tree.leaves((layer.position, layer.score, layer.next_slot)), kv.length)]
+    stored = strategy.store.tokens(layer.pool, kv.table, kv.length.shape[0])
+    return [np.asarray(x) for x in (*stored, *jax.tree.leaves((layer.position, layer.own, layer.next_slot, layer.queries)), kv.length)]
 
 
 def rope_is_relative(strategy: Strategy, rng: np.random.Generator) -> None:
     """Keys and queries rotated from another starting point give the same outputs: nothing re-numbers positions inside the cache."""
-    if strategy.policy.speculates:  # some columns of rotated keys do not tell distance, so what is read may differ
+    if strategy.policy.selects:  # some columns of rotated keys do not tell distance, so what is read may differ
         strategy = Strategy(strategy.policy.ample(2 * (PROMPT + STEPS)), strategy.store)
     seed = rng.integers(1 << 31)
     here, there = (random_tokens(np.random.default_rng(seed), 1, PROMPT + STEPS, offset) for offset in (0, 100))
@@ -252,8 +252,8 @@ def no_retrace(strategy: Strategy, rng: np.random.Generator) -> None:
     def step(kv: KVState, q, k, v, active):
         nonlocal traces
         traces += 1
-        kv = strategy.look_ahead(-1, lambda: partial_queries(strategy, q), kv, active)
-        _, layer = strategy.decode(kv.layers[0], q, k, v, kv, active, guide(strategy))
+        ahead = strategy.look_ahead(-1, lambda: partial_queries(strategy, q), kv, active)
+        _, layer = strategy.decode(kv.layers[0], q, k, v, dataclasses.replace(kv, ahead=ahead), active, guide(strategy))
         return dataclasses.replace(kv.with_layer(0, layer), length=kv.length + active)
 
     kv = run(strategy, random_tokens(rng, 3, PROMPT + STEPS), RAGGED, STEPS).states[-4]
@@ -283,7 +283,7 @@ def donation_leaves_no_copy(strategy: Strategy, rng: np.random.Generator) -> Non
     """Growing the cache grows no temporary of its size, at batch 1 and 8, and the program copies nothing of a cache array's shape."""
     shape = CacheShape(num_layers=2, num_kv_heads=2, group_size=2, head_dim=64, dtype=jnp.dtype(jnp.float32))
     del rng
-    staged = 4 if isinstance(strategy.store, HostStore) else 0  # keys and values of this layer and of the next
+    staged = 4 if strategy.store.tier.fetches else 0  # keys and values of this layer and of the next
     for batch in (1, 8):
         temps, layer_bytes, text = [], [], ""
         for prompt in (512, 2048):
@@ -291,7 +291,7 @@ def donation_leaves_no_copy(strategy: Strategy, rng: np.random.Generator) -> Non
             temps.append(_memory(program).temp_size_in_bytes)
             text = program.as_text() or ""
             state = jax.eval_shape(partial(strategy.init, shape, [prompt] * batch, prompt, STEPS))
-            keys = jax.tree.leaves(state.layers[0].store)[0]
+            keys = state.layers[0].pool.k[0]
             layer_bytes.append(nbytes(keys))
         grown, cache_grown = temps[1] - temps[0], layer_bytes[1] - layer_bytes[0]
         most = max((0.5 + staged) * cache_grown, 16_384)
@@ -303,7 +303,7 @@ def donation_leaves_no_copy(strategy: Strategy, rng: np.random.Generator) -> Non
 
 def _decode_program(strategy: Strategy, batch: int, prompt: int, shape: CacheShape) -> jax.stages.Compiled:
     """A donated decode step through every layer of a state, compiled from shapes."""
-    columns = strategy.policy.partial_columns(shape.head_dim) if strategy.policy.speculates else 0
+    columns = strategy.policy.partial_columns(shape.head_dim)
     ones = Guide(jnp.ones((shape.num_kv_heads, shape.head_dim, columns), jnp.float32), None)
 
     def step(kv: KVState, q, k, v, active):
@@ -312,8 +312,8 @@ def _decode_program(strategy: Strategy, batch: int, prompt: int, shape: CacheSha
             out, layer = strategy.decode(kv.layers[index], out, k, v, kv, active, ones)
             kv = kv.with_layer(index, layer)
             queries = out.reshape(batch, shape.num_kv_heads, shape.group_size, -1)[..., :columns]
-            kv = strategy.look_ahead(index, partial(jnp.asarray, queries), kv, active)
-        return out, dataclasses.replace(kv, length=kv.length + active)
+            kv = dataclasses.replace(kv, ahead=strategy.look_ahead(index, partial(jnp.asarray, queries), kv, active))
+        return out, dataclasses.replace(kv, length=kv.length + active, ahead=None)
 
     state = jax.eval_shape(partial(strategy.init, shape, [prompt] * batch, prompt, STEPS))
     q = jax.ShapeDtypeStruct((batch, 1, shape.num_kv_heads * shape.group_size, shape.head_dim), jnp.float32)

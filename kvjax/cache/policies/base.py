@@ -22,6 +22,8 @@ Amount = int | float
 PROTECTED = float("inf")
 """The priority of a slot that must not be evicted."""
 
+NO_GUIDE = "guesses the next layer's queries, which takes a calibrated model: pass it through kvjax.calibrated(model, strategy) first"
+
 Queries = Literal["keys", "step", "last", "ahead"]
 """By what a policy chooses what a step reads, all but `keys` without looking at the keys themselves: `keys` by the true logits of the step
 (a yardstick: it reads every key), `step` by the step's own queries, `last` by those of the step before, `ahead` by what the layer before
@@ -131,6 +133,7 @@ class Policy:
       per_head: each kv head keeps its own tokens; False shares one choice, and its books, among all heads.
       family: what figures, tables and comparisons group it under, and what gives it its look; None: its own name.
       unlimited: it keeps and reads every token, so it is the full cache.
+      full_layers: layers at the bottom that read everything, of a policy that selects.
       selects: by what the policy chooses what a step reads; None: it reads everything.
       fetches: the policy's choice is of tokens to fetch, so it stands in a store with a tier that fetches and in no other.
     """
@@ -138,6 +141,7 @@ class Policy:
     per_head: ClassVar[bool] = True
     family: ClassVar[str | None] = None
     unlimited: ClassVar[bool] = False
+    full_layers = 0
     selects: ClassVar[Queries | None] = None
     fetches: ClassVar[bool] = False
 
@@ -235,6 +239,15 @@ class Policy:
         """The slots that are read whatever the guess says; an audit leaves them out where it judges guesses."""
         return jnp.zeros(position.shape, bool)
 
+    @property
+    def guesses(self) -> bool:
+        """Whether it takes a guide to choose: a model that kvjax.calibrate has prepared."""
+        return self.selects == "ahead"
+
+    def partial_columns(self, head_dim: int) -> int:
+        """Columns of the partial keys that a guide makes, for a policy that guesses; 0 for others."""
+        return 0
+
     def near_top(self, view: View) -> NearTop | None:
         """Where `select` chooses exactly as kvjax.kernels.speculate does, what that has to know; None, as here, where it does not."""
         return None
@@ -249,6 +262,22 @@ class Policy:
     def with_budget(self, amount: Amount) -> "Policy":
         """This policy with about `amount` tokens (or that fraction of the prompt) kept or read in total: the meaning of --budget."""
         raise SpecError(f"{self.describe()} has no overall budget to set; give its own arguments instead")
+
+    def with_kept(self, amount: int | None) -> "Policy | None":
+        """This policy with `amount` tokens kept (None: all of them); None where there is no such thing."""
+        return self.with_budget(amount) if self.evicts and amount is not None else None
+
+    def most_read(self, prompt_length: int, held: int) -> int:
+        """Tokens of a kv head that a step reads at most of `held`, beside its own, behind a prompt of `prompt_length`."""
+        return held
+
+    def before_reading(self) -> "Policy":
+        """This policy with what makes no difference to the state that a prompt leaves at its default: equal ones can share it."""
+        return self
+
+    def unbounded(self) -> "Policy":
+        """This policy without a limit on what it reads, where it has one that can be lifted."""
+        return self
 
     def ample(self, amount: int) -> "Policy":
         """This policy with nothing left out of `amount` tokens."""

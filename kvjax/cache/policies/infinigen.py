@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache.policies.base import PROTECTED, Amount, NearTop, Policy, Seen, Selection, Slots, View, check_amount, tokens
+from kvjax.cache.policies.base import NO_GUIDE, PROTECTED, Amount, NearTop, Policy, Seen, Selection, Slots, View, check_amount, tokens
 from kvjax.cache.state import CacheShape
 from kvjax.errors import SpecError
 from kvjax.kernels.attention import NEG_INF
@@ -18,8 +18,6 @@ Columns = Literal["product", "sum", "query", "union"]
 Count = Literal["request", "batch"]
 GroupJoin = Literal["mass", "max", "mean"]
 Victim = Literal["counter", "lru", "fifo"]
-
-NO_GUIDE = "guesses the next layer's queries, which takes a calibrated model: pass it through kvjax.calibrated(model, strategy) first"
 
 SET_ASIDE = 2.0**100
 """The least priority of a token that stays in a pool whatever its statistic says."""
@@ -150,6 +148,20 @@ class InfiniGen(Policy):
 
     def total_budget(self) -> Amount:
         return self.budget
+
+    def with_kept(self, amount: int | None) -> "InfiniGen":
+        return dataclasses.replace(self, pool=amount)
+
+    def most_read(self, prompt_length: int, held: int) -> int:
+        return min(tokens(self.budget, held), held)
+
+    def unbounded(self) -> "InfiniGen":
+        return dataclasses.replace(self, budget=1.0)
+
+    def before_reading(self) -> "InfiniGen":
+        plain = InfiniGen()
+        only_read = ["alpha", "budget", "count", "group", "correction"] + (["sinks", "recent"] if self.pool is None else [])
+        return dataclasses.replace(self, **{name: getattr(plain, name) for name in only_read})
 
     def ample(self, amount: int) -> "InfiniGen":
         return dataclasses.replace(self, budget=amount, alpha=math.inf, loss=None, pool=None)

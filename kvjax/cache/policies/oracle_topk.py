@@ -34,6 +34,12 @@ class OracleTopK(Policy):
     def total_budget(self) -> Amount:
         return self.k
 
+    def most_read(self, prompt_length: int, held: int) -> int:
+        return min(tokens(self.k, prompt_length), held)
+
+    def before_reading(self) -> "OracleTopK":
+        return OracleTopK()
+
     def choose(
         self, logits: Float[Array, "B Hkv G C"], position: Int[Array, "B h C"], length: Int[Array, " B"], prompt_length: Int[Array, " B"]
     ) -> Selection:
