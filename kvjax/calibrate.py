@@ -46,10 +46,10 @@ from jaxtyping import Array, Float, Int
 
 from kvjax import compilation
 from kvjax.cache import Strategy, parse_strategy
-from kvjax.kernels.attention import attention, tokens
 from kvjax.cache.policies import InfiniGen
 from kvjax.command import answered, start
 from kvjax.errors import InputError, ModelError, NotFiniteError, SpecError
+from kvjax.kernels.attention import attention, tokens
 from kvjax.models import Decoder, Model, ModelConfig, load_model, public
 from kvjax.models.checkpoint import MARKER_FILE
 from kvjax.models.decoder import Attention, Block

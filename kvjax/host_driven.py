@@ -23,6 +23,7 @@ from kvjax.models import Decoder, Model
 from kvjax.models.decoder import Block, Normalise, guess_queries
 from kvjax.runtime.forward import embed, head, layer_variables
 
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Driven(Decode):

@@ -18,7 +18,7 @@ Turning a knob up never costs less, so bisection finds the most that is within t
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import numpy as np

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.kernels.attention import NEG_INF
 from kvjax.cache.policies import InfiniGen
 from kvjax.errors import SpecError
+from kvjax.kernels.attention import NEG_INF
 from kvjax.models import ModelConfig
 from kvjax.models.decoder import guess_queries, rope_angles
 from kvjax.models.guide import QueryGuide

@@ -104,6 +104,7 @@ class Mask:
     Attributes:
       query: int32 [B, S], true positions; None: query i stands at position i, and key j at position j.
       key: positions of keys, int32 [B, h, K], negative where there is none; or bool, seen by every query; None: key j is at position j.
+        With one query a row (a decode step) none is behind the query.
       length: int32 [B], keys in use, where `key` is None; None: all.
       counted: bool [B, S], queries that are part of a row; others give anything and count in no statistics. None: all.
       last: int32 [B], position of the last query that a row will ever have in its prompt, for Observe.last; None: that of this call.

@@ -28,7 +28,7 @@ SLOTS_AT_A_TIME = 128
 
 def supports(q, keys: Keys, mask: Mask, scale, softcap, sinks, observe: Sequence[Observe], residuals: bool = False) -> str | None:
     """Why it cannot take a call, or None."""
-    if residuals or keys.most is not None and q.shape[1] == 1:
+    if residuals or (keys.most is not None and q.shape[1] == 1):
         return "it gives no residuals, and reads whole rows"
     if keys.layout == "rows" and keys.table is None and q.shape[1] == 1:
         return None

@@ -1,7 +1,6 @@
 """The steps a decoder can take (kvjax.models.decoder.Step): what one call does with the KV state."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp

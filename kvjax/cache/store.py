@@ -14,8 +14,8 @@ from kvjax.cache.state import CacheShape
 from kvjax.cache.tiers import Device, Host, Tier, Transfer
 from kvjax.errors import SpecError
 from kvjax.kernels.attention import rows
-from kvjax.kernels.dispatch import unavailable
 from kvjax.kernels.dispatch import Device as Hardware
+from kvjax.kernels.dispatch import unavailable
 from kvjax.kernels.paged_attention import pool_dim
 
 LANES = 128
@@ -51,7 +51,9 @@ class Store:
         if checks.whole("page_size", self.page_size, -checks.LARGEST, LARGEST_PAGE) < 1:
             raise SpecError(f"page_size={self.page_size}: a page holds at least one slot; 8 to 128 are usual")
         if self.tier.fetches:
-            raise SpecError(f"pages of {self.page_size} slots in {self.tier.name} memory: a row is fetched from one piece; leave the pages out")
+            raise SpecError(
+                f"pages of {self.page_size} slots in {self.tier.name} memory: a row is fetched from one piece; leave the pages out"
+            )
 
     @property
     def name(self) -> str:

@@ -142,7 +142,8 @@ class Strategy:
         """Layer `index`, empty: a pool, and the books of rows of up to `capacity` slots."""
         policy, slots, rows = self.policy, self.store.rounded(capacity), prompt_lengths.shape[0]
         own = policy.init_own(shape, rows, slots, index)
-        own = jax.tree.map(lambda x: jnp.full_like(x, fill) if jnp.issubdtype(x.dtype, jnp.floating) else x, own)
+        if not (isinstance(fill, float) and fill == 0):
+            own = jax.tree.map(lambda x: jnp.full_like(x, fill) if jnp.issubdtype(x.dtype, jnp.floating) else x, own)
         last = (rows, shape.num_kv_heads * shape.group_size, shape.head_dim)
         layer = LayerState(
             pool,

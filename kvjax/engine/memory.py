@@ -87,7 +87,9 @@ def serving_strategy(strategy: Strategy, max_model_len: int, extents: int) -> tu
         return strategy, True
     contiguous, extents = store.page_size is None, extents if store.platform == "cpu" else 1
     longest = store.rounded(Need(strategy, max_model_len, True).capacity)
-    return Strategy(strategy.policy, dataclasses.replace(store, page_size=longest if contiguous else store.page_size, extents=extents)), contiguous
+    return Strategy(
+        strategy.policy, dataclasses.replace(store, page_size=longest if contiguous else store.page_size, extents=extents)
+    ), contiguous
 
 
 def staged_slots(max_model_len: int) -> int:

@@ -287,7 +287,9 @@ def measure(
         samples += np.concatenate(parts, axis=1)[:real].tolist()
         progress("generated")
     transient = None
-    if weighs and output_len > 1 and not strategy.store.tier.driven:  # the scratch of a step, where it is not the host that drives the layers
+    if (
+        weighs and output_len > 1 and not strategy.store.tier.driven
+    ):  # the scratch of a step, where it is not the host that drives the layers
         transient = _scratch(model, strategy, sampling, emitted.state)
     return Measurement(
         strategy.identity(),

@@ -74,4 +74,3 @@ def decode_work(setting: Setting) -> Work:
     flops += batch * sum(read) * per_query
     crossing = (float(moved), float(batch * config.num_layers * token)) if tier.in_host else (0.0, 0.0)
     return Work(weight_bytes, moved + metadata, flops, *crossing)
-

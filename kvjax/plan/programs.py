@@ -138,9 +138,7 @@ def compiled_prefill(setting: Setting, device: Device) -> Usage:
             return chunked
         empty, guide, layers = state(setting, rows), guides(params, setting.config.num_layers), setting.config.num_layers
         index = jax.ShapeDtypeStruct((), jnp.int32)
-        arguments = placed(
-            device, (kv.layers[-1], empty.layers[-1], kv.length, empty.over(()), guide[-1] if guide else None, index)
-        )
+        arguments = placed(device, (kv.layers[-1], empty.layers[-1], kv.length, empty.over(()), guide[-1] if guide else None, index))
         compressed = _usage(compress_layer.lower(strategy, layers, *arguments), arguments, device)
     return max(chunked, compressed, key=lambda usage: usage.beside)
 
@@ -184,7 +182,9 @@ def state(setting: Setting, rows: int) -> KVState:
 def staged(setting: Setting) -> KVState:
     """The shapes of what holds whole prompts until they are compressed."""
     lengths = jax.ShapeDtypeStruct((setting.prefill_batch,), jnp.int32)
-    return jax.eval_shape(lambda x: stage(setting.strategy.store, setting.strategy.observes, cache_shape(setting), x, setting.prompt), lengths)
+    return jax.eval_shape(
+        lambda x: stage(setting.strategy.store, setting.strategy.observes, cache_shape(setting), x, setting.prompt), lengths
+    )
 
 
 def as_compiled(setting: Setting, device: Device) -> Setting:

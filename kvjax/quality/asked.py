@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.cache import Decode, Full, KVState, Strategy
 from kvjax.errors import SpecError
 from kvjax.generation import as_strategy, check_positions, check_vocabulary, commit, feed, left_after, stage_prompts
-from kvjax.kernels.dispatch import current_device
 from kvjax.models import Decoder, Model
 from kvjax.quality import fidelity
 from kvjax.quality.paired import difference, interval

@@ -27,7 +27,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from kvjax.cache import Ahead, Decode, KVState, LayerState, Strategy
 from kvjax.cache.strategy import marked, positions

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.models.decoder import Block, Decoder, Step
 
+
 class State(Protocol):
     """What goes through the layers: per layer a part of its own, what they share, and what one hands to the next."""
 

@@ -4,6 +4,7 @@ Dims as in kvjax.cache.state; S tokens of a call, G query heads of a kv head, K 
 """
 
 import dataclasses
+import functools
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -190,8 +191,7 @@ class Policy:
 
     def init_own(self, shape: CacheShape, rows: int, slots: int, layer: int) -> Own:
         """The state of a layer that holds nothing: zeros like what `initial` gives."""
-        token = jax.ShapeDtypeStruct((rows, slots, shape.num_kv_heads, shape.head_dim), shape.dtype)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda k, v: self.initial(k, v, None), token, token))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _made_of(self, shape, rows, slots))
 
     def initial(self, k: Float[Array, "B S Hkv D"], v: Float[Array, "B S Hkv D"], guide: Any) -> Own:
         """The state of tokens that were just stored, arrays [B, h, ..., S]; `guide`: what a calibration has for this layer, or None.
@@ -233,7 +233,9 @@ class Policy:
           logits: anything where a slot holds no token.
           position, length, prompt_length: as in View.
         """
-        raise NotImplementedError(f"{type(self).__name__} selects, so it must choose: define choose(logits, position, length, prompt_length)")
+        raise NotImplementedError(
+            f"{type(self).__name__} selects, so it must choose: define choose(logits, position, length, prompt_length)"
+        )
 
     def always_read(self, position: Int[Array, "B h C"], length: Int[Array, " B"]) -> Bool[Array, "B h C"]:
         """The slots that are read whatever the guess says; an audit leaves them out where it judges guesses."""
@@ -293,6 +295,13 @@ class Policy:
         switches = {f.name: f.default for f in fields}
         changed = {name: value for name, value in arguments(self).items() if switches.get(name, ...) != value}
         return written(policy_name(type(self)), changed)
+
+
+@functools.lru_cache(maxsize=1024)
+def _made_of(policy: Policy, shape: CacheShape, rows: int, slots: int) -> Own:
+    """The shapes of the state that a policy makes of so many tokens."""
+    token = jax.ShapeDtypeStruct((rows, slots, shape.num_kv_heads, shape.head_dim), shape.dtype)
+    return jax.eval_shape(lambda k, v: policy.initial(k, v, None), token, token)
 
 
 def spec_name(policy: type[Policy]) -> str:
