@@ -43,7 +43,7 @@ class Random(Policy):
 
     def priority(self, slots: Slots) -> Float[Array, "B h C"]:
         head = jnp.arange(slots.position.shape[1], dtype=jnp.uint32)[:, None]
-        drawn = jnp.uint32(self.seed)
+        drawn = _mixed(jnp.uint32(self.seed) ^ jnp.uint32(0x9E3779B9))  # first, so that no seed is another one's head
         for what in (head, slots.length.astype(jnp.uint32), slots.position.astype(jnp.uint32)):
             drawn = _mixed(drawn ^ what)
         newest = slots.position == slots.length - 1
