@@ -312,8 +312,8 @@ def run_prefill(
     shape, longest = cache_shape(model), tokens.shape[1]
     allocate = partial(_allocated, model, strategy, lengths, longest, max_new)
     if plan.chunk is None or plan.chunk >= longest:
-        step = Prefill(jax.device_put(lengths, model.placement), strategy)
-        return prefill(model.decoder, model.params, jax.device_put(tokens, model.placement), allocate(), step)
+        whole = Prefill(jax.device_put(lengths, model.placement), strategy)
+        return prefill(model.decoder, model.params, jax.device_put(tokens, model.placement), allocate(), whole)
     staged = plan.mode == "faithful" and strategy.policy.evicts
     kv = placed(model, stage(strategy.store, strategy.observes, shape, lengths, longest)) if staged else allocate()
     logits = jax.device_put(np.zeros((len(lengths), model.config.vocab_size), np.float32), model.placement)
@@ -322,7 +322,8 @@ def run_prefill(
         inside = np.clip(lengths - start, 0, piece.shape[1]).astype(np.int32)
         how: Any = dict(first=start == 0, context=start + piece.shape[1])
         inside = jax.device_put(inside, model.placement)
-        step = Stage(inside, strategy.store.staging, strategy.observes, **how) if staged else Prefill(inside, strategy, **how)
+        staging = Stage(inside, strategy.store.staging, strategy.observes, **how)
+        step = staging if staged else Prefill(inside, strategy, **how)
         fresh, kv = prefill(model.decoder, model.params, jax.device_put(piece, model.placement), kv, step)
         ends_here = (lengths > start) & (lengths <= start + plan.chunk)
         logits = jnp.where(ends_here[:, None], fresh, logits)

@@ -135,7 +135,10 @@ def refused(capsys):
 
 
 REFUSED = [
-    (["--strategy=h20"], "kvjax: unknown strategy 'h20'; choose from full, streaming, h2o, infinigen, infinigen_paper, oracle_topk"),
+    (
+        ["--strategy=h20"],
+        "kvjax: unknown strategy 'h20'; choose from full, streaming, h2o, tova, random, infinigen",
+    ),
     (["--strategy=h2o(hevy=1)"], "strategy h2o has no argument 'hevy'; it takes heavy, recent"),
     (["--strategy=h2o(heavy=2.5)"], "h2o: heavy=2.5 is not a fraction"),
     (["--compare=full,full"], "strategy full is named twice"),

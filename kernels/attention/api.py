@@ -20,10 +20,14 @@ OPERATION = Operation(
 )
 
 
+CAUSAL = Mask()
+"""Over the tokens of the call itself, each one at its place."""
+
+
 def attention(
     q: jax.Array,
     keys: Keys,
-    mask: Mask = Mask(),
+    mask: Mask = CAUSAL,
     *,
     scale: float | None = None,
     softcap: float | None = None,

@@ -13,8 +13,8 @@ BLOCK = 64
 """Queries at a time: their logits over some thousand keys stay in a core's cache."""
 
 SHORT, SEGMENTS = 1024, (4, 8)
-"""Parts of a prompt with a loop each, of one up to SHORT tokens and of a longer one; a part sees no keys behind its last query. More of them
-compute less that nobody sees, and take longer to compile."""
+"""Parts of a prompt with a loop each, of one up to SHORT tokens and of a longer one; a part sees no keys behind its last query. More of
+them compute less that nobody sees, and take longer to compile."""
 
 
 def attention(

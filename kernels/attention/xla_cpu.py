@@ -1,14 +1,15 @@
 """Attention over pages as XLA's CPU backend likes it: keys transposed, pages read where they lie.
 
 Gathering a row's pages costs more than reading them: XLA copies them, at a third of the bandwidth. So decode attention turns the matter
-around and visits the pool: every page is multiplied with the query of the row that owns it, has a softmax of its own, and is multiplied with
-its values; then each row combines its pages by their maxima and sums, as the splits of flash decoding are combined. A page that several rows
-share (a common prefix, a fork) has one owner here, and is gathered for its other readers. Extents behind the last page in use are not read.
-Where a page is all of a row there is nothing to combine, and both products are plain batched matrix products.
+around and visits the pool: every page is multiplied with the query of the row that owns it, has a softmax of its own, and is multiplied
+with its values; then each row combines its pages by their maxima and sums, as the splits of flash decoding are combined. A page that
+several rows share (a common prefix, a fork) has one owner here, and is gathered for its other readers. Extents behind the last page in use
+are not read. Where a page is all of a row there is nothing to combine, and both products are plain batched matrix products.
 
 A later chunk of a prompt takes a row's pages a few at a time, as many as the rows have; the softmax runs along.
 """
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -136,7 +137,7 @@ def _extents(keys: Keys) -> list[tuple[int, int]]:
     ends = [0]
     for part in keys.k:
         ends.append(ends[-1] + len(part))
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(itertools.pairwise(ends))
 
 
 def _visit(keys: Keys, table: PageTable, softcap, extra, observe: tuple[Observe, ...], extents: int, grouped, by_page):

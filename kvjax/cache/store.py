@@ -28,6 +28,9 @@ PAGE_SIZE = 64
 """Slots of a page unless someone says otherwise."""
 
 
+DEVICE = Device()
+
+
 @dataclasses.dataclass(frozen=True)
 class Store:
     """Where the keys and values of a strategy stand.
@@ -40,7 +43,7 @@ class Store:
     """
 
     page_size: int | None = None
-    tier: Tier = Device()
+    tier: Tier = DEVICE
     extents: int = 1
     platform: Platform = dataclasses.field(default="cpu", repr=False)
 

@@ -45,12 +45,15 @@ def usual_store(policy: Policy, otherwise: str = DEFAULT_STORE) -> str:
     return "host" if policy.fetches else otherwise
 
 
+DENSE = Store()
+
+
 @dataclasses.dataclass(frozen=True)
 class Strategy:
     """Static under jit; all state is in the KVState."""
 
     policy: Policy
-    store: Store = Store()
+    store: Store = DENSE
 
     def __post_init__(self):
         if self.policy.fetches and not self.store.tier.fetches:
@@ -61,8 +64,8 @@ class Strategy:
 
         if self.store.tier.driven and self.policy.selects in ("step", "last"):
             raise SpecError(
-                f"{self.policy.describe()} chooses what it reads by the queries of a step, and the host that drives the layers fetches before "
-                "(--transfer=driven); use jit or device"
+                f"{self.policy.describe()} chooses what it reads by the queries of a step, and the host that drives the layers fetches "
+                "before (--transfer=driven); use jit or device"
             )
 
     def native(self, device: Device) -> "Strategy":
@@ -230,8 +233,8 @@ class Strategy:
             return found.out, self._keep(layer, keys, values, own, where, length, kv, valid.any(-1))
 
     def commit(
-        self, source: LayerState, target: LayerState, length: Int[Array, " B"], empty: KVState, guide: Any = None, context: int | None = None,
-        index: Any = 0, num_layers: int = 1,
+        self, source: LayerState, target: LayerState, length: Int[Array, " B"], empty: KVState, guide: Any = None,
+        context: int | None = None, index: Any = 0, num_layers: int = 1,
     ) -> LayerState:  # fmt: skip
         """Compresses a layer of a staged prompt of `length` tokens into `target`, a layer of `empty`.
 
@@ -461,8 +464,8 @@ class Strategy:
             if full.ndim == 3:
                 if new.shape[-1] == 1:
                     return full, jnp.where(jnp.arange(capacity) == where, new.astype(rows.dtype), rows)
-                at = (jnp.arange(len(rows))[:, None, None], jnp.arange(heads)[:, None], where)
-                return full, rows.at[at].set(new.astype(rows.dtype), mode="drop")
+                rank = (jnp.arange(len(rows))[:, None, None], jnp.arange(heads)[:, None], where)
+                return full, rows.at[rank].set(new.astype(rows.dtype), mode="drop")
             between = (slice(None),) * (full.ndim - 3)
             at = (row[:, None, None], jnp.arange(heads)[:, None], *between, where)
             full = full.at[at].set(jnp.moveaxis(new, -1, 2).astype(full.dtype), mode="drop")
@@ -484,7 +487,7 @@ class Strategy:
         next slot."""
         policy, position, length = self.policy, layer.position, kv.length + 1
         rests, going = active[:, None], active[:, None, None]
-        if found.residuals is not None and policy.rule is not None:
+        if found.residuals is not None and policy.rule is not None and position is not None:
             budget, recent = policy.kept_tokens(kv.prompt_length), tokens_of(policy.rule.recent, kv.prompt_length)
             seen = Statistics(*found.residuals)
             position, own, following = h2o_evict(position, own, seen, length, budget, recent, active)
@@ -576,8 +579,12 @@ def _joined(ahead: Ahead, slot: Int[Array, "B h"], k: Float[Array, "B 1 Hkv D"],
     """What was fetched, and the step's own token behind it: in `slot`, which may be fetched too if it was freed."""
     own = jnp.broadcast_to(slot, ahead.slot.shape[:2])
     places = jnp.where(ahead.slot == own[..., None], capacity, ahead.slot).at[..., -1].set(own)
-    new_k, new_v = (old.at[:, :, -1].set(new[:, 0].astype(old.dtype)) for old, new in ((ahead.k, k), (ahead.v, v)))
-    return dataclasses.replace(ahead, slot=places, k=new_k, v=new_v)
+
+    def put(staged: Array | None, new: Float[Array, "B 1 Hkv D"]) -> Array:
+        assert staged is not None
+        return staged.at[:, :, -1].set(new[:, 0].astype(staged.dtype))
+
+    return dataclasses.replace(ahead, slot=places, k=put(ahead.k, k), v=put(ahead.v, v))
 
 
 def like(own: Own, fresh: Own) -> Own:

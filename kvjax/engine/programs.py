@@ -3,8 +3,9 @@
 Dims: R rows of bookkeeping (max_num_seqs), B rows of a call, T pages of a row at most, S tokens of a chunk.
 
 A request has a row, in which its last token and the books of its policy stand, and pages, in which its keys and values stand (in host
-memory one page, its seat in the pool). Every call names the rows it is about and brings their lengths and block tables along, packed into one small array from the host; the arrays of the
-cache are donated and stay where they are. Rows beyond the last one mean "nobody": their writes are dropped.
+memory one page, its seat in the pool). Every call names the rows it is about and brings their lengths and block tables along, packed into
+one small array from the host; the arrays of the cache are donated and stay where they are. Rows beyond the last one mean "nobody": their
+writes are dropped.
 """
 
 import dataclasses

@@ -121,7 +121,7 @@ def compiled_decode(setting: Setting, device: Device) -> Usage:
 
 
 def compiled_prefill(setting: Setting, device: Device) -> Usage:
-    """The call that puts the last tokens of the prompts in, the one that needs most, or what compresses a layer of them where that needs more."""
+    """The call that puts the last tokens of the prompts in, which needs most, or what compresses a layer of them where that needs more."""
     setting = as_compiled(setting, device)
     rows, prompt, strategy = setting.prefill_batch, setting.prompt, setting.strategy
     chunk = min(setting.prefill_chunk or prompt, prompt)

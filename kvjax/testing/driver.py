@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +56,11 @@ def random_tokens(
         rng.standard_normal((batch, length, heads, shape.head_dim)).astype(np.float32)
         for heads in (shape.num_kv_heads * shape.group_size, shape.num_kv_heads, shape.num_kv_heads)
     )
-    parts = (_rotated(q * sharpness, offset), _rotated(k, offset), v)
-    return Tokens(*(np.asarray(x, shape.dtype).astype(np.float32) for x in parts), shape)
+
+    def held(x: np.ndarray) -> Float[np.ndarray, "B S h D"]:
+        return np.asarray(x, shape.dtype).astype(np.float32)
+
+    return Tokens(held(_rotated(q * sharpness, offset)), held(_rotated(k, offset)), held(v), shape)
 
 
 def _rotated(x: Float[np.ndarray, "B S h D"], offset: int) -> Float[np.ndarray, "B S h D"]:
@@ -240,14 +244,15 @@ def _selected(strategy: Strategy, tokens: Tokens, row: int, at: int, held: list[
     policy, shape = strategy.policy, tokens.shape
     made = guide(strategy, shape.num_kv_heads, shape.head_dim)
     step, last = (jnp.asarray(tokens.q[row, i][None]) for i in (at, max(at - 1, 0)))
-    queries = {"ahead": partial_queries(made, step[:, None]), "step": step, "last": jnp.where(at > prompt_length, last, 0)}
+    queries: dict[Any, Any] = {"ahead": partial_queries(made, step[:, None]), "step": step, "last": jnp.where(at > prompt_length, last, 0)}
     position = np.full((shape.num_kv_heads, tokens.length), -1, np.int32)
     for head in range(shape.num_kv_heads):
         stored = [p for p in held[head] if p < at]
         position[head, stored] = stored
     own = policy.initial(jnp.asarray(tokens.k[row][None]), jnp.asarray(tokens.v[row][None]), made)  # of all: one shape a test
-    lengths = (jnp.asarray([x], jnp.int32) for x in (at, prompt_length))
-    chosen = _marked(policy.select(View(own, jnp.asarray(position[None]), *lengths, queries[policy.selects])), tokens.length)
+    length, prompt = (jnp.asarray([x], jnp.int32) for x in (at, prompt_length))
+    view = View(own, jnp.asarray(position[None]), length, prompt, queries[policy.selects])
+    chosen = _marked(policy.select(view), tokens.length)
     chosen &= position >= 0
     chosen[:, at] = True
     return chosen[:, : at + 1]
@@ -276,10 +281,10 @@ def _poisoned(strategy: Strategy, kv: KVState) -> KVState:
     layer = kv.layers[0]
     capacity = layer.pool.capacity(kv.table)
     if layer.position is None:
-        empty = np.arange(capacity) >= np.asarray(kv.length)[:, None, None]
+        nothing = np.arange(capacity) >= np.asarray(kv.length)[:, None, None]
     else:
-        empty = np.asarray(layer.position) < 0
-    empty = jnp.asarray(np.broadcast_to(empty, (kv.length.shape[0], layer.pool.num_heads, capacity)))
+        nothing = np.asarray(layer.position) < 0
+    empty = jnp.asarray(np.broadcast_to(nothing, (kv.length.shape[0], layer.pool.num_heads, capacity)))
 
     def poisoned(x):
         """Of the policy's state, what it says of empty slots."""

@@ -97,7 +97,7 @@ def test_description_shows_numbers_always_and_switches_when_changed(policy, text
 
 
 REFUSED = [
-    ("h20", r"unknown strategy 'h20'; choose from full, streaming, h2o, infinigen, infinigen_paper, oracle_topk"),
+    ("h20", r"unknown strategy 'h20'; choose from full, streaming, h2o, tova, random, infinigen, infinigen_paper, oracle_topk"),
     ("", r"cannot read strategy ''; write a name, or a name with arguments like h2o\(heavy=0.1,recent=0.1\)"),
     ("h2o(", "cannot read strategy"),
     ("h2o)", "cannot read strategy"),

@@ -671,7 +671,7 @@ def test_options_are_checked(model, options, message):
 
 def compiled_sizes() -> dict[str, int]:
     """How many programs every function of an engine has compiled, with layers unrolled and by calls."""
-    names = ("_unrolled_decode", "_unrolled_chunk", "_before_decode", "_chosen", "_before_chunk", "settle_layer", "copy")
+    names = ("_unrolled_decode", "_unrolled_chunk", "_before_decode", "_chosen", "_before_chunk", "commit_layer", "copy")
     functions = {name: getattr(programs, name) for name in names} | {name: getattr(forward, name) for name in ("_embed", "_block", "_head")}
     return {name: function._cache_size() for name, function in functions.items()}
 

@@ -86,7 +86,7 @@ class Selection(NamedTuple):
     """Slots to read, the most wanted first, and how many of them are meant."""
 
     slot: Int[Array, "B Hkv K"]
-    count: Int[Array, " B"]
+    count: Int[Array, " B"]  # type: ignore[assignment]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Policy:
         return None
 
     def kept_in_layer(self, prompt_length: Int[Array, " B"], layer: Any, num_layers: int) -> Int[Array, "B h"] | None:
-        """Tokens kept in a layer (an int, or a traced one), by kv head or for all, where that differs from `kept_tokens`; None: it does not."""
+        """Tokens kept in a layer (an int, or a traced one), by kv head or for all, where `kept_tokens` does not say it; else None."""
         return None
 
     def most_kept(self, prompt_length: int, layer: int | None = None, num_layers: int = 1) -> int | None:
