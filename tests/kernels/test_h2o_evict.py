@@ -31,7 +31,7 @@ class TestH2OEvict:
         strategy = Strategy(H2O(heavy=6, recent=5))
         tokens = random_tokens(rng, len(lengths), int(lengths.max()) + steps)
         kv = run(strategy, tokens, lengths, 0).states[-1]
-        rows = Rows.adopt(kv.layers[0], len(lengths))
+        rows = Rows.adopt(kv.layers[0])
         batch = len(lengths)
         budget, recent, active = np.full(batch, 11), np.full(batch, 5), np.ones(batch, bool)
         for step in range(steps):
