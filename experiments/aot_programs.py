@@ -28,7 +28,7 @@ from kvjax.files import replace
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache import Prefill, parse_strategy
+from kvjax.cache import Prefill, Stage, parse_strategy
 from kvjax.errors import KvjaxError
 from kvjax.generation import unrolled_prefill, unrolled_steps
 from kvjax.models import preset
@@ -106,7 +106,7 @@ def compile_case(case: Case, device: Device, text_dir: pathlib.Path | None = Non
         text_dir.mkdir(parents=True, exist_ok=True)
         replace(text_dir / f"{case.name.replace(' ', '_')}.txt", text)
     assert memory is not None
-    keys = jax.tree.leaves(programs.state(setting, BATCH if case.program == "decode" else setting.prefill_batch).layers[0].store)[0]
+    keys = programs.state(setting, BATCH if case.program == "decode" else setting.prefill_batch).layers[0].pool.k[0]
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     copies, seconds = tuple(copies_in(text, math.prod(keys.shape))), time.perf_counter() - start
     return Outcome(kernels_in(text), copies, memory.temp_size_in_bytes, results, seconds)
@@ -123,7 +123,9 @@ def lowered(setting: Setting, device: Device, program: Program) -> jax.stages.Lo
             arguments = programs.placed(device, (params, programs.state(setting, rows), row, row, None, count))
             return unrolled_steps.lower(decoder, setting.strategy, (), 1, *arguments)
         kv = programs.staged(setting) if setting.stages else programs.state(setting, rows)
-        step = Prefill(row, setting.strategy, first=False, context=setting.prompt)
+        strategy, how = setting.strategy, dict[str, Any](first=False, context=setting.prompt)
+        staging = Stage(row, strategy.store.staging, strategy.observes, **how)
+        step = staging if setting.stages else Prefill(row, strategy, **how)
         tokens = jax.ShapeDtypeStruct((rows, CHUNK), jnp.int32)
         return unrolled_prefill.lower(decoder, *programs.placed(device, (params, tokens, kv, step)))
 
@@ -131,7 +133,7 @@ def lowered(setting: Setting, device: Device, program: Program) -> jax.stages.Lo
 def kernels_in(text: str) -> Counter[str]:
     """Mosaic kernels of a compiled program, by the scopes in which they were called."""
     calls = (line for line in text.splitlines() if "custom-call(" in line and "mosaic_gpu" in line)
-    scopes = (re.search(r'op_name="[^"]*?(\w+)_mosaic_gpu/', line) for line in calls)
+    scopes = (re.search(r'op_name="[^"]*\b(\w+)_mosaic_gpu/', line) for line in calls)
     return Counter(found[1] for found in scopes if found)
 
 

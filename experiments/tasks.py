@@ -157,7 +157,7 @@ def measure(path: pathlib.Path, console: Printer) -> None:
     model = load_model(FLAGS.model)
     for block in todo:
         asked.prompts(model, block.task, block.length, 1, block.seed, FLAGS.chat_template)
-    calibration = calibrate.calibrate(model) if any(strategy.policy.speculates for strategy in chosen) else None
+    calibration = calibrate.calibrate(model) if any(strategy.policy.guesses for strategy in chosen) else None
     models = {name: calibrate.calibrated(model, s, calibration) for name, s in zip(names, chosen, strict=True)}
     began = time.monotonic()
     for number, block in enumerate(todo, 1):

@@ -18,7 +18,7 @@ import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-Name = Literal["mosaic_gpu", "mosaic_tpu", "xla"]
+Name = Literal["mosaic_gpu", "mosaic_tpu", "xla_cpu", "xla"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Operation:
             reason = unavailable(candidate.name, device)
             if reason is None and (reason := candidate.supports(*args, **kwargs)) is None:
                 return candidate
-            if _meant_for(candidate.name, device):
+            if candidate.name.startswith("mosaic") and _meant_for(candidate.name, device):
                 _log_once(self.name, candidate.name, reason)
             reasons.append(f"{candidate.name}: {reason}")
         raise UnsupportedError(f"{self.name}: nothing can run this: {'; '.join(reasons)}")
@@ -116,7 +116,7 @@ def unavailable(name: Name, device: Device) -> str | None:
     if name == "xla" or _interpreted.get() == name:
         return None
     if not _meant_for(name, device):
-        return f"it needs {'an NVIDIA GPU' if name == 'mosaic_gpu' else 'a TPU'}, this is {device.kind!r}"
+        return f"it needs {_NEEDS[name]}, this is {device.kind!r}"
     if name == "mosaic_gpu" and not is_hopper(device):
         return f"it is written for Hopper GPUs (H100, H200, GH200), this is {device.kind!r}"
     return None
@@ -150,8 +150,11 @@ def interpreted(name: Literal["mosaic_gpu", "mosaic_tpu"], *, threads: int = 1, 
 _interpreted: ContextVar[Name | None] = ContextVar("interpreted", default=None)
 
 
+_NEEDS = {"mosaic_gpu": "an NVIDIA GPU", "mosaic_tpu": "a TPU", "xla_cpu": "a CPU"}
+
+
 def _meant_for(name: Name, device: Device) -> bool:
-    return {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}.get(name) == device.platform
+    return {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu", "xla_cpu": "cpu"}.get(name) == device.platform
 
 
 @cache

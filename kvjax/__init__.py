@@ -9,7 +9,7 @@ The front door:
 
 from typing import TYPE_CHECKING
 
-from kvjax.cache import DenseStore, HostStore, PagedStore, Policy, Slots, Strategy, parse_strategy
+from kvjax.cache import Policy, Slots, Store, Strategy, dense, host, paged, parse_strategy
 from kvjax.engine.engine import Engine
 from kvjax.errors import InputError, KvjaxError, ModelError, NotFiniteError, SpecError
 from kvjax.generation import Generation, PrefillPlan, generate, score, stream
@@ -30,7 +30,7 @@ def __getattr__(name: str):
 
 
 __all__ = [
-    "DenseStore", "Engine", "Generation", "HostStore", "InputError", "KvjaxError", "Model", "ModelError", "NotFiniteError", "PagedStore",
-    "Policy", "PrefillPlan", "Sampling", "Slots", "SpecError", "Strategy", "calibrated", "generate", "load_model", "parse_strategy",
-    "score", "stream",
+    "Engine", "Generation", "InputError", "KvjaxError", "Model", "ModelError", "NotFiniteError", "Policy", "PrefillPlan", "Sampling",
+    "Slots", "SpecError", "Store", "Strategy", "calibrated", "dense", "generate", "host", "load_model", "paged", "parse_strategy", "score",
+    "stream",
 ]  # fmt: skip

@@ -46,10 +46,10 @@ from jaxtyping import Array, Float, Int
 
 from kvjax import compilation
 from kvjax.cache import Strategy, parse_strategy
-from kvjax.cache.attention import prompt_attention
 from kvjax.cache.policies import InfiniGen
 from kvjax.command import answered, start
 from kvjax.errors import InputError, ModelError, NotFiniteError, SpecError
+from kvjax.kernels.attention import attention, tokens
 from kvjax.models import Decoder, Model, ModelConfig, load_model, public
 from kvjax.models.checkpoint import MARKER_FILE
 from kvjax.models.decoder import Attention, Block
@@ -122,11 +122,11 @@ class Capture:
     def positions(self, kv: Captured, num_tokens: int) -> Int[Array, "B S"]:
         return self.token_positions
 
-    def look_ahead(self, layer: int, queries, kv: Captured) -> Captured:
-        return kv
+    def look_ahead(self, layer: int, queries, kv: Captured) -> None:
+        return None
 
-    def attend(self, layer: int, q, k, v, kv: Captured, guide=None):
-        out, _ = prompt_attention(q, k, v, jnp.ones(q.shape[:2], bool))
+    def attend(self, layer: int, q, k, v, kv: Captured, guide=None, ahead=None):
+        out = attention(q, tokens(k, v)).out
         return out, (*kv, (q, k))
 
     def hidden(self, x: Float[Array, "B S M"]) -> Float[Array, "B 1 M"]:
@@ -562,7 +562,7 @@ def calibrated(model: Model, strategy: Strategy, calibration: Calibration | None
       SpecError: the calibration of another model, or a policy that states a loss and has no alpha yet (`for_loss`).
     """
     policy: Any = strategy.policy
-    if not policy.speculates:
+    if not policy.guesses:
         return model
     if getattr(policy, "loss", None) is not None:
         raise SpecError(f"{policy.describe()}: alpha is still to be found for this loss; kvjax.calibrate.for_loss does it")

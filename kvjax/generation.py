@@ -19,9 +19,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import checks, host_driven
-from kvjax.cache import CacheShape, Decode, KVState, LayerState, Ledger, Prefill, Stage, Strategy, ledger, parse_strategy, stage_for
+from kvjax.cache import CacheShape, Decode, KVState, LayerState, Ledger, Prefill, Stage, Strategy, ledger, parse_strategy, stage
 from kvjax.errors import InputError, NotFiniteError, SpecError
-from kvjax.host_driven import is_driven
+from kvjax.kernels.attention import Observe
 from kvjax.kernels.dispatch import current_device
 from kvjax.models import Decoder, Model
 from kvjax.models.guide import Guide, guides
@@ -173,7 +173,7 @@ def _stream(
     done = 1
     while done < max_new_tokens and bool(np.asarray(remaining).any()):
         steps = min(steps_per_call, max_new_tokens - done)
-        if is_driven(strategy):
+        if strategy.store.tier.driven:
             kv, token, remaining, out = driven_steps(model, strategy, stops, steps, kv, token, remaining, sampling)
         else:
             arguments = (model.params, kv, token, remaining, sampling, steps)
@@ -235,12 +235,12 @@ def feed(model: Model, strategy: Strategy, kv: KVState, token_ids: Int[Array, "B
     Takes the memory of `kv` over, as of a donated argument. Returns the float32 logits after every token, and the state behind them.
     """
     tokens = jax.device_put(np.asarray(token_ids, np.int32), model.placement)
-    if not is_driven(strategy) and model.decoder.stringing == "unroll":
+    if not strategy.store.tier.driven and model.decoder.stringing == "unroll":
         return _feed(model.decoder, strategy, model.params, kv, tokens)
     everyone = jax.device_put(np.ones(tokens.shape[0], bool), model.placement)
     parts = []
     for t in range(tokens.shape[1]):
-        if is_driven(strategy):
+        if strategy.store.tier.driven:
             logits, kv = host_driven.decode(model, strategy, kv, tokens[:, t], everyone)
         else:
             logits, kv = forward(model.decoder, model.params, tokens[:, t : t + 1], kv, Decode(everyone, strategy))
@@ -312,19 +312,22 @@ def run_prefill(
     shape, longest = cache_shape(model), tokens.shape[1]
     allocate = partial(_allocated, model, strategy, lengths, longest, max_new)
     if plan.chunk is None or plan.chunk >= longest:
-        step = Prefill(jax.device_put(lengths, model.placement), strategy)
-        return prefill(model.decoder, model.params, jax.device_put(tokens, model.placement), allocate(), step)
-    staged = plan.mode == "faithful" and strategy.policy.kept_tokens(1) is not None
-    kv = placed(model, strategy.stage(shape, lengths, longest)) if staged else allocate()
+        whole = Prefill(jax.device_put(lengths, model.placement), strategy)
+        return prefill(model.decoder, model.params, jax.device_put(tokens, model.placement), allocate(), whole)
+    staged = plan.mode == "faithful" and strategy.policy.evicts
+    kv = placed(model, stage(strategy.store, strategy.observes, shape, lengths, longest)) if staged else allocate()
     logits = jax.device_put(np.zeros((len(lengths), model.config.vocab_size), np.float32), model.placement)
     for start in range(0, longest, plan.chunk):
         piece = tokens[:, start : start + plan.chunk]
         inside = np.clip(lengths - start, 0, piece.shape[1]).astype(np.int32)
-        step = Prefill(jax.device_put(inside, model.placement), strategy, first=start == 0, context=start + piece.shape[1])
+        how: Any = dict(first=start == 0, context=start + piece.shape[1])
+        inside = jax.device_put(inside, model.placement)
+        staging = Stage(inside, strategy.store.staging, strategy.observes, **how)
+        step = staging if staged else Prefill(inside, strategy, **how)
         fresh, kv = prefill(model.decoder, model.params, jax.device_put(piece, model.placement), kv, step)
         ends_here = (lengths > start) & (lengths <= start + plan.chunk)
         logits = jnp.where(ends_here[:, None], fresh, logits)
-    return logits, settle(strategy, kv, allocate(), guides(model.params, shape.num_layers)) if staged else kv
+    return logits, compress(strategy, kv, allocate(), guides(model.params, shape.num_layers)) if staged else kv
 
 
 def placed[T](model: Model, tree: T) -> T:
@@ -361,7 +364,7 @@ def warm_up(
     token = first_token(logits, kv.length, arrays)
     remaining = left_after(jax.device_put(np.full(batch, 3, np.int32), model.placement), token, stops)
     for _ in range(2 if max_new > 1 else 0):
-        if is_driven(strategy):
+        if strategy.store.tier.driven:
             kv, token, remaining, _ = driven_steps(model, strategy, stops, 1, kv, token, remaining, arrays)
         else:
             arguments = model.params, kv, token, remaining, arrays, 1
@@ -373,13 +376,13 @@ class StagedPrompts:
     """Prompts that went through the model once, for several strategies to start from.
 
     Attributes:
-      strategies: what may be committed, by the statistics that were kept for it.
+      observes: what attention was asked to show of every token; a layer of `kv` has it in `observed`, in this order.
       logits: after every row's last prompt token.
-      kv: every key and value of the prompts; a layer's `score` has one entry for each of `strategies`.
+      kv: every key and value of the prompts.
       length: tokens of the longest prompt (static shapes follow from it).
     """
 
-    strategies: tuple[Strategy, ...]
+    observes: tuple[Observe, ...]
     logits: Float[Array, "B V"]
     kv: KVState
     length: int
@@ -393,23 +396,20 @@ def stage_prompts(
     What attention computes in a prompt does not depend on the strategy: they differ in what they keep of it, and in the statistics they
     choose by, which are all gathered in the one pass. `commit` gives what `run_prefill` would have.
     """
-    strategies = tuple(strategies)
-    shape, longest = cache_shape(model), tokens.shape[1]
-    kv = placed(model, stage_for(strategies, shape, lengths, longest))
-    step = Stage(jax.device_put(np.asarray(lengths, np.int32), model.placement), strategies)
+    observes = tuple(dict.fromkeys(what for strategy in strategies for what in strategy.observes))
+    store, shape, longest = strategies[0].store, cache_shape(model), tokens.shape[1]
+    kv = placed(model, stage(store, observes, shape, lengths, longest))
+    step = Stage(jax.device_put(np.asarray(lengths, np.int32), model.placement), store.staging, observes)
     logits, kv = prefill(model.decoder, model.params, jax.device_put(tokens, model.placement), kv, step)
-    return StagedPrompts(strategies, logits, kv, longest)
+    return StagedPrompts(observes, logits, kv, longest)
 
 
 def commit(model: Model, staged: StagedPrompts, strategy: Strategy, max_new: int) -> KVState:
     """The state of `strategy`, one of those staged for, after the prompts. `staged` stays as it is. `model`: with the strategy's guide."""
-    which = staged.strategies.index(strategy)
-    layers = tuple(dataclasses.replace(layer, score=layer.score[which]) for layer in staged.kv.layers)
-    shape = cache_shape(model)
+    which = [staged.observes.index(what) for what in strategy.observes]
+    layers = tuple(dataclasses.replace(layer, observed=tuple(layer.observed[i] for i in which)) for layer in staged.kv.layers)
     empty = _allocated(model, strategy, staged.kv.length, staged.length, max_new)
-    length, prompt_length = jnp.copy(staged.kv.length), jnp.copy(staged.kv.prompt_length)  # its own: a state is donated
-    source = dataclasses.replace(staged.kv.over(layers), length=length, prompt_length=prompt_length)
-    return settle(strategy, source, empty, guides(model.params, shape.num_layers))
+    return compress(strategy, staged.kv.over(layers), empty, guides(model.params, model.config.num_layers))
 
 
 def prefill(decoder: Decoder, params, tokens, kv: KVState, step: Prefill | Stage) -> tuple[Float[Array, "B V"], KVState]:
@@ -428,28 +428,23 @@ def unrolled_prefill(decoder: Decoder, params, tokens, kv: KVState, step: Prefil
     return logits[:, 0], kv
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def unrolled_settle(strategy: Strategy, staged: KVState, empty: KVState, guides: tuple[Guide, ...]) -> KVState:
-    """`settle` in one program, for the planner."""
-    return strategy.settle(staged, empty, guides)
-
-
-def settle(strategy: Strategy, staged: KVState, empty: KVState, guides: tuple[Guide, ...] = ()) -> KVState:
-    """Compresses a staged prompt into `empty`, whose memory it takes over, layer by layer (Strategy.settle)."""
+def compress(strategy: Strategy, staged: KVState, empty: KVState, guides: tuple[Guide, ...] = ()) -> KVState:
+    """Commits a staged prompt to `empty`, whose memory it takes over, layer by layer (Strategy.commit). `staged` stays as it is."""
     layers = []
     for i, (source, target) in enumerate(zip(staged.layers, empty.layers, strict=True)):
         guide = guides[i] if guides else None
-        layers.append(settle_layer(strategy, source, target, staged.over(()), empty.over(()), guide))
-    length, prompt_length = jnp.copy(staged.length), jnp.copy(staged.prompt_length)  # the staged prompt may be settled again
+        layers.append(compress_layer(strategy, len(empty.layers), source, target, staged.length, empty.over(()), guide, np.int32(i)))
+    length, prompt_length = jnp.copy(staged.length), jnp.copy(staged.prompt_length)  # its own: a state is donated
     return dataclasses.replace(empty, layers=tuple(layers), length=length, prompt_length=prompt_length)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def settle_layer(
-    strategy: Strategy, source: LayerState, target: LayerState, staged: KVState, empty: KVState, guide: Guide | None
-) -> LayerState:
-    """`settle` of one layer; `staged` and `empty` without layers."""
-    return strategy.settle_layer(source, target, staged.length, empty, guide)
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def compress_layer(
+    strategy: Strategy, num_layers: int, source: LayerState, target: LayerState, length: Int[Array, " B"], empty: KVState,
+    guide: Guide | None, index: Int[Array, ""],
+) -> LayerState:  # fmt: skip
+    """`compress` of one layer; `empty` without layers."""
+    return strategy.commit(source, target, length, empty, guide, index=index, num_layers=num_layers)
 
 
 @jax.jit

@@ -18,13 +18,13 @@ Turning a knob up never costs less, so bisection finds the most that is within t
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import numpy as np
 
-from kvjax.cache import CacheShape, HostStore, KVState, OracleTopK, Strategy, tokens
-from kvjax.cache.ledger import nbytes
+from kvjax.cache import CacheShape, KVState, Strategy
+from kvjax.cache.ledger import device_bytes
 from kvjax.cache.policies import Policy
 from kvjax.errors import SpecError
 from kvjax.generation import as_strategy
@@ -151,17 +151,13 @@ def state(strategy: Strategy, sizes: Sizes) -> KVState:
 
 
 def _tokens(strategy: Strategy, sizes: Sizes) -> float:
-    policy: Any = strategy.policy
-    kept = policy.kept_tokens(sizes.prompt)
+    kept = strategy.policy.most_kept(sizes.prompt)
     kept = sizes.length if kept is None else min(kept, sizes.length)
-    if isinstance(policy, OracleTopK):
-        return min(kept, tokens(policy.k, sizes.prompt))
-    return min(kept, tokens(policy.budget, sizes.length)) if policy.speculates else kept
+    return min(kept, strategy.policy.most_read(sizes.prompt, sizes.length))
 
 
 def _device_bytes(strategy: Strategy, sizes: Sizes) -> float:
-    kv = state(strategy, sizes)
-    return nbytes(kv) - (nbytes([(layer.store.k, layer.store.v) for layer in kv.layers]) if _in_host_memory(strategy) else 0)
+    return device_bytes(strategy, state(strategy, sizes))
 
 
 def _moved_bytes(strategy: Strategy, sizes: Sizes) -> float:
@@ -169,35 +165,22 @@ def _moved_bytes(strategy: Strategy, sizes: Sizes) -> float:
 
     A fetch has one of the store's sizes, the least that holds what is wanted, so what is moved is a staircase in what is wanted.
     """
-    if not _in_host_memory(strategy) or sizes.output == 1:
+    tier, policy = strategy.store.tier, strategy.policy
+    if not tier.in_host or sizes.output == 1:
         return 0.0
-    store, policy = strategy.store, strategy.policy
-    assert isinstance(store, HostStore)
     shape, capacity = sizes.shape, strategy.slots(sizes.prompt, sizes.length)
-    kept = policy.kept_tokens(sizes.prompt)
+    kept = policy.most_kept(sizes.prompt)
     row = 2 * shape.head_dim * np.dtype(shape.dtype).itemsize
+    layers = min(policy.full_layers, shape.num_layers) if policy.selects else shape.num_layers
+    layers = max(layers, 1)  # nothing looks ahead for the first
     moved = 0
     for held in range(sizes.prompt, sizes.prompt + sizes.output - 1):
         in_use = held if kept is None or held <= kept else capacity  # a freed slot may lie before the last one in use
-        whole = _fetched(store, capacity, min(in_use, capacity))
-        guessed = whole
-        if policy.speculates:
-            budget: Any = getattr(policy, "budget", capacity)
-            stored = held if kept is None else min(held, kept)
-            guessed = _fetched(store, min(tokens(budget, capacity), capacity), min(tokens(budget, stored), stored))
-        layers = min(policy.full_layers, shape.num_layers) if policy.speculates else shape.num_layers
-        layers = max(layers, 1)  # nothing looks ahead for the first
-        moved += layers * whole + (shape.num_layers - layers) * guessed
+        stored = held if kept is None else min(held, kept)
+        whole = tier.moved(capacity, in_use)
+        chosen = tier.moved(policy.most_read(sizes.prompt, capacity), policy.most_read(sizes.prompt, stored))
+        moved += layers * whole + (shape.num_layers - layers) * chosen
     return moved * shape.num_kv_heads * row / (sizes.output - 1)
-
-
-def _fetched(store: HostStore, most: int, wanted: int) -> int:
-    """Rows that are moved per kv head where `wanted` of up to `most` are asked for."""
-    return min(size for size in store.sizes(most) if size >= min(wanted, most))
-
-
-def _in_host_memory(strategy: Strategy) -> bool:
-    return isinstance(strategy.store, HostStore) and strategy.store.transfer != "device"
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- knobs
@@ -205,24 +188,34 @@ def _in_host_memory(strategy: Strategy) -> bool:
 
 def _knob(strategy: Strategy, currency: Currency) -> Callable[[int | None], Strategy | None] | None:
     """How a strategy is limited to a number of tokens; for None, without a limit, or None where there is no such thing."""
-    policy: Any = strategy.policy
-    if policy.speculates and currency == "device_bytes":
-        return lambda knob: Strategy(dataclasses.replace(policy, pool=knob), strategy.store)
-    if currency == "device_bytes" and policy.kept_tokens(1) is None:
-        return None  # what a step reads takes no bytes away
-    if currency == "moved_bytes" and not _in_host_memory(strategy):
+    policy = strategy.policy
+    if currency == "moved_bytes" and not strategy.store.tier.in_host:
         return None
-    if type(policy).with_budget is Policy.with_budget or policy.with_budget(1.0) == policy.with_budget(0.5):
+    if currency == "device_bytes" and not policy.evicts and policy.with_kept(1) is None:  # what a step reads takes no bytes away
+        return None
+    if not _turns(policy):
         return None
 
     def turned(knob: int | None) -> Strategy | None:
-        return None if knob is None else Strategy(policy.with_budget(knob), strategy.store)
+        if currency == "device_bytes":
+            changed = policy.with_kept(knob)
+        else:
+            changed = None if knob is None else policy.with_budget(knob)
+        return None if changed is None else Strategy(changed, strategy.store)
 
     return turned
 
 
+def _turns(policy: Policy) -> bool:
+    """Whether a budget makes a difference to it."""
+    try:
+        return policy.with_budget(1.0) != policy.with_budget(0.5)
+    except SpecError:
+        return False
+
+
 def _reason(strategy: Strategy, currency: Currency) -> str:
-    if currency == "device_bytes" and strategy.policy.with_budget(0.5) != strategy.policy:
+    if currency == "device_bytes" and _turns(strategy.policy):
         return "keeps every token whatever it reads"
     return "has no budget to turn down"
 

@@ -45,9 +45,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvjax import calibrate, checks, compilation
-from kvjax.cache import STORES, HostStore, Strategy, parse_strategy, split_specs
+from kvjax.cache import STORES, TRANSFERS, Strategy, parse_strategy, split_specs
 from kvjax.cache.policies import InfiniGen
-from kvjax.cache.stores import TRANSFERS
 from kvjax.command import Printer, answered, fail, notice, start
 from kvjax.engine import load, metrics, offline, serve
 from kvjax.engine.engine import Engine
@@ -240,7 +239,7 @@ def calibration_of(model: Model, console: Console) -> calibrate.Calibration:
 
 def guided(model: Model, strategy: Strategy, console: Console) -> Model:
     """The model as the strategy needs it; what takes a calibration shares one."""
-    return calibrate.calibrated(model, strategy, calibration_of(model, console)) if strategy.policy.speculates else model
+    return calibrate.calibrated(model, strategy, calibration_of(model, console)) if strategy.policy.guesses else model
 
 
 def for_losses(model: Model, chosen: list[Strategy], console: Console) -> list[Strategy]:
@@ -350,7 +349,7 @@ def serve_one(console: Console, engine: Engine, requests: load.Load) -> serve.Se
 
 def judged(service: serve.Service, engine: Engine) -> dict[str, Any]:
     """How good the guesses of a policy that speculates are on what was served; empty for another."""
-    if not engine.strategy.policy.speculates:
+    if not engine.strategy.policy.guesses:
         return {}
     served = [(one.request.prompt, one.tokens) for one in service.served if one.completed]
     guesses = audit_some(engine.model, engine.strategy, served)
@@ -379,7 +378,7 @@ def make_engine(model: Model, strategy: Strategy, sampling: Sampling, longest: i
 
 def host_memory(strategy: Strategy) -> str | None:
     """Of the pool, for those strategies of a comparison that have one."""
-    return FLAGS.host_memory if isinstance(strategy.store, HostStore) else None
+    return FLAGS.host_memory if strategy.store.tier.fetches else None
 
 
 def parse_rate(text: str | None) -> float:
@@ -416,7 +415,7 @@ def show_profile(directory: pathlib.Path, strategy: Strategy, console: Console) 
     console.print(f"\ntrace of {strategy.describe()} in {directory} (TensorBoard, XProf or Perfetto open it)", highlight=False)
     for scope, spent in profile.scope_times(directory).items():
         console.print(f"  {scope:<24}{1e3 * spent.seconds:>10.2f} ms in {spent.events} instructions", highlight=False)
-    if not isinstance(strategy.store, HostStore):
+    if not strategy.store.tier.fetches:
         return {}
     hidden = profile.hidden_fraction(directory)
     share = "" if hidden.fraction is None else f", {100 * hidden.fraction:.1f} % of it while other work ran"
@@ -507,7 +506,7 @@ def profile_strategies(
     prompts = workload.prompts[:batch_size]
     for strategy, record in zip(chosen, found, strict=True):
         directory = parent / strategy.describe().replace(",", "_")
-        prepared, hosted = guided(model, strategy, console), isinstance(strategy.store, HostStore)
+        prepared, hosted = guided(model, strategy, console), strategy.store.tier.fetches
         steps = 1 if hosted else 16  # no loop around host memory, as when it was measured
         generate(prepared, prompts, strategy=strategy, steps_per_call=steps, **settings)
         with profile.trace(directory):

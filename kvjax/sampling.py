@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax import checks
-from kvjax.cache.attention import NEG_INF
 from kvjax.errors import InputError, SpecError
+from kvjax.kernels.attention import NEG_INF
 
 NOT_FINITE = -2
 """What is chosen from logits that are not finite, in place of a token."""

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache.attention import NEG_INF
 from kvjax.cache.policies import InfiniGen
 from kvjax.errors import SpecError
+from kvjax.kernels.attention import NEG_INF
 from kvjax.models import ModelConfig
 from kvjax.models.decoder import guess_queries, rope_angles
 from kvjax.models.guide import QueryGuide
@@ -93,7 +93,7 @@ def read_and_missed(
 ) -> tuple[Float[Array, " A"], Float[Array, " A"]]:  # fmt: skip
     """Of one layer, under each of ALPHAS: tokens read per kv head, and share of the attention missed; means.
 
-    Every query is a row of a batch of its own length for `policy.select`, so what is counted, set aside and capped is what a decode step
+    Every query is a row of a batch of its own length for `policy.choose`, so what is counted, set aside and capped is what a decode step
     would count, set aside and cap. Which tokens come first does not depend on alpha, only how many of them are meant.
 
     Args:
@@ -116,7 +116,7 @@ def read_and_missed(
     slots, own = jnp.arange(capacity), length[:, None, None]
     attention = jax.nn.softmax(jnp.where(slots <= own[..., None], true, NEG_INF)).mean(2)  # [R T, Hkv, S]
     guess, position = products(guessed, partial_keys), jnp.where(slots < own, slots, -1)
-    choices = [dataclasses.replace(policy, alpha=alpha, loss=None).select(guess, position, length) for alpha in ALPHAS]
+    choices = [dataclasses.replace(policy, alpha=alpha, loss=None).choose(guess, position, length, length) for alpha in ALPHAS]
     slot, count = choices[0][0], jnp.stack([count for _, count in choices])
     reached = jnp.take_along_axis(attention, slot, axis=-1).cumsum(-1)
     covered = jnp.take_along_axis(reached[None], count[:, :, None, None] - 1, axis=-1) + jnp.take_along_axis(attention, own, axis=-1)

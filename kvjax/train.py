@@ -197,14 +197,13 @@ def ahead[T](make: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:
             yield pending.popleft().result()
 
 
-def block_for(context: int) -> int | None:
-    """Query block of the attention: the scores of a short row are cheaper to keep than to compute again."""
-    return 256 if context > 512 else None
+LONG = 512
+"""Tokens of a row beyond which the attention of a block is computed again in the backward pass; before, keeping all scores is cheaper."""
 
 
 def loss_fn(model: Decoder, params, batch) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Weighted next-byte loss (nats), and what the progress line shows."""
-    logits, _ = model.apply(params, batch["tokens"], None, Forward(batch["positions"], block_for(batch["tokens"].shape[1])))
+    logits, _ = model.apply(params, batch["tokens"], None, Forward(batch["positions"], blocked=batch["tokens"].shape[1] > LONG))
     targets = batch["tokens"][:, 1:]
     nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
     weights = batch["weights"][:, 1:]

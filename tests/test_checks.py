@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvjax import Engine, HostStore, PagedStore, PrefillPlan, Sampling, checks, generate, parse_strategy, score, stream
+from kvjax import Engine, PrefillPlan, Sampling, checks, generate, host, paged, parse_strategy, score, stream
 from kvjax.cache import tokens
 from kvjax.engine.load import Fixed, make_load, parse_lengths, read_prompts
 from kvjax.engine.memory import parse_memory
@@ -167,10 +167,10 @@ def test_more_memory_than_the_machine_has(byte_model):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: PagedStore(2.5),  # type: ignore[arg-type]
-        lambda: PagedStore(10**12),
-        lambda: PagedStore(True),
-        lambda: HostStore(levels=1.5),  # type: ignore[arg-type]
+        lambda: paged(2.5),  # type: ignore[arg-type]
+        lambda: paged(10**12),
+        lambda: paged(True),
+        lambda: host(levels=1.5),  # type: ignore[arg-type]
     ],
 )
 def test_stores_refuse(make):

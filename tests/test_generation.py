@@ -220,7 +220,7 @@ def test_arrays_have_budget_plus_one_slots(byte_model, mode):
     ids = random_ids(byte_model)[:, :20].astype(np.int32)
     _, kv = run_prefill(byte_model, strategy, ids, np.array([20, 20], np.int32), NEW, PrefillPlan(8, mode))
     assert {layer.position.shape[-1] for layer in kv.layers} == {8}
-    assert {strategy.store.capacity(layer.store, kv.shared) for layer in kv.layers} == {8}
+    assert {layer.pool.capacity(kv.table) for layer in kv.layers} == {8}
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- stores
@@ -298,7 +298,7 @@ def test_plan_is_checked(plan, message):
 
 
 def test_unknown_strategy(byte_model):
-    with pytest.raises(SpecError, match="unknown strategy 'h3o'; choose from full, streaming, h2o, infinigen, infinigen_paper"):
+    with pytest.raises(SpecError, match="unknown strategy 'h3o'; choose from full, streaming, h2o, tova, random, infinigen"):
         generate(byte_model, [[1]], strategy="h3o")
 
 
@@ -316,5 +316,5 @@ def test_decode_updates_the_cache_in_place(byte_model, spec, batch):
         assert analysis is not None
         assert analysis.alias_size_in_bytes >= nbytes(kv)
         scratch[prompt] = analysis.temp_size_in_bytes
-        one_layer = nbytes(kv.layers[0].store)
+        one_layer = nbytes((kv.layers[0].pool.k, kv.layers[0].pool.v))
     assert scratch[1024] - scratch[256] < 0.75 * one_layer

@@ -1,16 +1,13 @@
 """The host at the wheel: it fetches what the one-program transfers fetch, bit for bit, and decodes what they decode."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kvjax import generate, load_model, score
-from kvjax import generation as generation_module
-from kvjax.cache import HostStore, parse_strategy
-from kvjax.cache.stores.host import HostLayer
+from kvjax.cache import Ahead, parse_strategy
 from kvjax.calibrate import Calibration, calibrate, calibrated
-from kvjax.host_driven import _append, _fetch
+from kvjax.host_driven import _append
 from kvjax.models import Model
 from kvjax.sampling import Sampling
 
@@ -62,31 +59,11 @@ def test_sampling_and_stop_tokens_are_those_of_one_program(trained):
     assert any(row[-1] in b" \n" and len(row) < 30 for row in found[0]), "a stop token ended a row"
 
 
-@pytest.mark.parametrize("chosen", [False, True])
-def test_the_same_rows_are_fetched_bit_for_bit(chosen):
-    rng = np.random.default_rng()
-    batch, heads, slots, dim, most = 3, 2, 40, 8, 13
-    k, v = (rng.standard_normal((batch, heads, slots, dim)).astype(np.float32) for _ in range(2))
-    length = np.array([40, 17, 0], np.int32)
-    slot = np.stack([rng.permutation(slots)[:most] for _ in range(batch * heads)]).reshape(batch, heads, most).astype(np.int32)
-    count = np.array([6, 2, 0], np.int32) if chosen else length
-    store = HostStore("device")
-    layer = HostLayer(jnp.asarray(k), jnp.asarray(v), None, jnp.zeros(4), slots=slots)
-    fetch = jax.jit(lambda layer, slot, count: store.prefetch(layer, None, slot, count, count))
-    staged = fetch(layer, jnp.asarray(slot) if chosen else None, jnp.asarray(count)).staged
-    assert staged is not None
-    got, size = _fetch(store, (k, v), (slot, count) if chosen else None, length)
-    assert size == (7 if chosen else 40)
-    assert not np.asarray(staged.k)[:, :, size:].any(), "nothing else was moved"
-    for name in ("k", "v", "slot"):
-        np.testing.assert_array_equal(getattr(got, name), getattr(staged, name))
-
-
 def test_only_active_rows_enter_the_pool():
     rng = np.random.default_rng()
     pool = tuple(np.zeros((3, 2, 5, 4), np.float32) for _ in range(2))
     new = jnp.asarray(rng.standard_normal((3, 2, 1, 4)), jnp.float32)
-    outgoing = generation_module.host_driven.Staged(new, 2 * new, jnp.asarray([[[1], [2]], [[0], [0]], [[4], [3]]], jnp.int32))
+    outgoing = Ahead(jnp.asarray([[[1], [2]], [[0], [0]], [[4], [3]]], jnp.int32), new, 2 * new, jnp.zeros(3))
     _append(pool, outgoing, jnp.asarray([True, False, True]))
     np.testing.assert_array_equal(pool[0][0, 1, 2], new[0, 1, 0])
     np.testing.assert_array_equal(pool[1][2, 0, 4], 2 * new[2, 0, 0])

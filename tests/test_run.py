@@ -9,7 +9,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from kvjax import run
-from kvjax.cache import PagedStore, parse_strategy
+from kvjax.cache import paged, parse_strategy
 from kvjax.command import parse_flags
 from kvjax.engine import offline
 from kvjax.errors import InputError
@@ -135,7 +135,10 @@ def refused(capsys):
 
 
 REFUSED = [
-    (["--strategy=h20"], "kvjax: unknown strategy 'h20'; choose from full, streaming, h2o, infinigen, infinigen_paper, oracle_topk"),
+    (
+        ["--strategy=h20"],
+        "kvjax: unknown strategy 'h20'; choose from full, streaming, h2o, tova, random, infinigen",
+    ),
     (["--strategy=h2o(hevy=1)"], "strategy h2o has no argument 'hevy'; it takes heavy, recent"),
     (["--strategy=h2o(heavy=2.5)"], "h2o: heavy=2.5 is not a fraction"),
     (["--compare=full,full"], "strategy full is named twice"),
@@ -292,6 +295,6 @@ def test_stores_that_differ_in_an_option_are_compared_and_say_so(tmp_path):
     found = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
     assert [record["strategy"] for record in found] == ["vllm", "full+paged(16)"]
     assert [record["strategy_identity"]["options"]["page_size"] for record in found] == [64, 16]
-    assert [parse_strategy(record["strategy"]).store for record in found] == [PagedStore(64), PagedStore(16)]
+    assert [parse_strategy(record["strategy"]).store for record in found] == [paged(64), paged(16)]
     fragments = [record["kv_device_fragmentation_bytes"] for record in found]
     assert fragments[0] > fragments[1]

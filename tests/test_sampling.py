@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import chisquare
 
 from kvjax import InputError, Sampling, generate
-from kvjax.cache import Full, HostStore, Strategy
+from kvjax.cache import Full, Strategy, host
 from kvjax.generation import _next_token, first_token, unrolled_steps
 from kvjax.sampling import NOT_FINITE, SamplingArrays, as_arrays, choose
 
@@ -151,7 +151,7 @@ PROMPTS = [list(np.random.default_rng(n).integers(0, 256, n)) for n in (20, 7, 1
 
 
 @pytest.mark.parametrize("stringing", ["unroll", "calls"])
-@pytest.mark.parametrize("strategy", ["full", "h2o(heavy=3,recent=4)", Strategy(Full(), HostStore("driven"))], ids=str)
+@pytest.mark.parametrize("strategy", ["full", "h2o(heavy=3,recent=4)", Strategy(Full(), host("driven"))], ids=str)
 def test_rows_of_a_batch_generate_what_each_does_alone(byte_model, strategy, stringing):
     model = dataclasses.replace(byte_model, stringing=stringing)
     options = dict(strategy=strategy, max_new_tokens=9, stop_tokens=())

@@ -36,15 +36,15 @@ from experiments.bench import kvjax_side, machine
 from experiments.bench.peers import prompts
 from experiments.bench.peers.agree import equal_tokens
 from experiments.bench.timing import Sample, Timing, interleave
-from kvjax.cache import DenseStore, KVState, Policy, Strategy, parse_policy
-from kvjax.cache.stores import PagedStore, page_table
+from kvjax.cache import KVState, Policy, Store, Strategy, dense, paged, parse_policy
+from kvjax.cache.pool import page_table
 from kvjax.files import json_lines, replace
 from kvjax.generation import cache_shape, decode_steps, first_token, run_prefill
 from kvjax.models import Model
 from kvjax.report.record import setting
 
 FLAGS = flags.FLAGS
-BAR, BAR_PAGE_SIZE = 1.10, PagedStore().page_size
+BAR, BAR_PAGE_SIZE = 1.10, paged().page_size
 _BENCH_32M = [f"{kvjax_side.PRESET}:{batch}:{context}" for batch in (1, 8) for context in (512, 1024, 2048)]
 
 
@@ -116,32 +116,31 @@ def prefilled(model: Model, policy: Policy, cell: Cell, steps: int) -> Start:
     return jax.block_until_ready(Start(kv, token, jnp.full(cell.batch, steps, jnp.int32)))
 
 
-def in_pages(model: Model, policy: Policy, store: PagedStore, start: Start, steps: int) -> Start:
+def in_pages(model: Model, policy: Policy, store: Store, start: Start, steps: int) -> Start:
     """The same state in pages, scattered over the pool."""
-    dense, batch = DenseStore(), len(start.token)
-    capacity = dense.capacity(start.kv.layers[0].store, None)
+    batch, capacity = len(start.token), start.kv.layers[0].pool.page_size
     empty = Strategy(policy, store).init(cache_shape(model), start.kv.prompt_length, int(start.kv.length.max()), steps)
-    pages = empty.shared.pages
+    assert empty.table is not None
+    pages = empty.table.pages
     scattered = np.random.default_rng(0).permutation(pages.size).astype(np.int32).reshape(pages.shape)
-    shared = page_table(jnp.asarray(scattered), pages.size)
+    table = page_table(jnp.asarray(scattered), pages.size)
     spare = store.rounded(capacity) - capacity
     slots = jnp.ones((batch, capacity), bool)
     layers = []
     for source, target in zip(start.kv.layers, empty.layers, strict=True):
-        filled = store.fill(target.store, shared, *dense.tokens(source.store, None, batch), slots)
-        position, score = source.position, source.score
+        filled = target.pool.filled(table, *dense().tokens(source.pool, None, batch), slots)
+        position = source.position
         if position is not None:
             position = jnp.pad(position, ((0, 0), (0, 0), (0, spare)), constant_values=-1)
-        if score is not None:
-            score = jnp.pad(score, ((0, 0), (0, 0), (0, spare)))
-        layers.append(dataclasses.replace(source, store=filled, position=position, score=score))
-    return dataclasses.replace(start, kv=dataclasses.replace(start.kv, layers=tuple(layers), shared=shared))
+        own = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, spare)]), source.own)
+        layers.append(dataclasses.replace(source, pool=filled, position=position, own=own))
+    return dataclasses.replace(start, kv=dataclasses.replace(start.kv, layers=tuple(layers), table=table))
 
 
 class Bench:
     """One run: times cell by cell and writes the records after every one, beside those of the cells that were measured before."""
 
-    def __init__(self, stores: Sequence[PagedStore], policies: Sequence[Policy], output_dir: pathlib.Path, console: Console):
+    def __init__(self, stores: Sequence[Store], policies: Sequence[Policy], output_dir: pathlib.Path, console: Console):
         self.stores, self.policies, self.console = stores, policies, console
         self._file = output_dir / "paged.jsonl"
         self.records: list[dict[str, Any]] = []
@@ -168,11 +167,11 @@ class Bench:
             start = prefilled(model, policy, cell, FLAGS.steps)
             entries.append(Decode(model, Strategy(policy), start, FLAGS.steps))
             for store in self.stores:
-                paged = in_pages(model, policy, store, start, FLAGS.steps)
-                entries.append(Decode(model, Strategy(policy, store), paged, FLAGS.steps))
+                scattered = in_pages(model, policy, store, start, FLAGS.steps)
+                entries.append(Decode(model, Strategy(policy, store), scattered, FLAGS.steps))
         timings = interleave(entries, watch=machine.Watch, reps=FLAGS.reps, warm_up=FLAGS.warm_up, retries=FLAGS.retries)
-        dense = {e.strategy.policy: t for e, t in zip(entries, timings, strict=True) if isinstance(e.strategy.store, DenseStore)}
-        return [self.record(cell, e.strategy, t, dense[e.strategy.policy]) for e, t in zip(entries, timings, strict=True)]
+        baseline = {e.strategy.policy: t for e, t in zip(entries, timings, strict=True) if e.strategy.store == dense()}
+        return [self.record(cell, e.strategy, t, baseline[e.strategy.policy]) for e, t in zip(entries, timings, strict=True)]
 
     def model(self, name: str) -> Model:
         if name not in self._models:
@@ -180,9 +179,9 @@ class Bench:
             self._models[name] = kvjax.load_model(where, dtype="float32")
         return self._models[name]
 
-    def record(self, cell: Cell, strategy: Strategy, timing: Timing, dense: Timing) -> dict[str, Any]:
+    def record(self, cell: Cell, strategy: Strategy, timing: Timing, baseline: Timing) -> dict[str, Any]:
         """The flat record of one policy in one store."""
-        paged = strategy.store if isinstance(strategy.store, PagedStore) else None
+        options = strategy.store.options
         return {
             **self._setting,
             "model_id": cell.model,
@@ -193,21 +192,21 @@ class Bench:
             "strategy": strategy.describe(),
             "policy": strategy.policy.describe(),
             "store": strategy.store.name,
-            "page_size": paged and paged.page_size,
-            "extents": paged and paged.extents,
+            "page_size": options.get("page_size"),
+            "extents": options.get("extents"),
             "slots": strategy.store.rounded(strategy.slots(cell.context - FLAGS.steps, cell.context)),
             "unit": "decode step of the batch",
             "median_seconds": timing.median,
             "min_seconds": min(timing.seconds),
             "max_seconds": max(timing.seconds),
             "samples_seconds": timing.seconds,
-            "over_dense": timing.median / dense.median,
+            "over_dense": timing.median / baseline.median,
             "reps": FLAGS.reps,
             "warm_up": FLAGS.warm_up,
             "discarded": len(timing.discarded),
             "disturbed": timing.disturbed,
-            "tokens_equal": equal_tokens(timing.tokens, dense.tokens),
-            "tokens_total": sum(map(len, dense.tokens)),
+            "tokens_equal": equal_tokens(timing.tokens, baseline.tokens),
+            "tokens_total": sum(map(len, baseline.tokens)),
         }
 
 
@@ -255,7 +254,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
     cells = [parse_cell(text) for text in FLAGS.cells]
-    stores = [PagedStore(int(size), int(extents)) for extents in FLAGS.extents for size in FLAGS.page_sizes]
+    stores = [paged(int(size), int(extents)) for extents in FLAGS.extents for size in FLAGS.page_sizes]
     console = Console(width=None if sys.stdout.isatty() else 200)
     bench = Bench(stores, [parse_policy(spec) for spec in FLAGS.policies], pathlib.Path(FLAGS.output_dir), console)
     try:

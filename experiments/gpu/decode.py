@@ -102,7 +102,7 @@ class _Held:
     def prepared(self, strategy: kvjax.Strategy) -> Model:
         if self._model is None:
             self._model = kvjax.load_model(self.name, random_weights=True)
-        if strategy.policy.speculates and self._calibration is None:
+        if strategy.policy.guesses and self._calibration is None:
             self._calibration = calibrate(self._model)
         return calibrated(self._model, strategy, self._calibration)
 

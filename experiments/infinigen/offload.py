@@ -41,8 +41,7 @@ from experiments.bench import machine
 from experiments.bench.timing import Sample, Timing, interleave
 from experiments.infinigen import quality
 from experiments.infinigen.study import COLOURS, save
-from kvjax.cache import DenseStore, Full, HostStore, Strategy, ledger, parse_policy
-from kvjax.cache.stores import TRANSFERS
+from kvjax.cache import TRANSFERS, Full, Strategy, dense, host, ledger, parse_policy
 from kvjax.calibrate import calibrate, calibrated
 from kvjax.engine import offline
 from kvjax.files import json_lines, replace
@@ -111,20 +110,20 @@ class Contender:
 
     @property
     def name(self) -> str:
-        store = self.strategy.store
-        where = "" if not isinstance(store, HostStore) else f", {store.transfer}"
+        transfer = self.strategy.store.options.get("transfer")
+        where = "" if transfer is None else f", {transfer}"
         return self.strategy.policy.describe() + where
 
 
 def contenders(infinigen: str, transfers: Sequence[str]) -> list[Contender]:
     """Ideals first."""
     policy = parse_policy(infinigen)
-    found = [Contender("ideal", Strategy(Full(), DenseStore()))]
+    found = [Contender("ideal", Strategy(Full(), dense()))]
     if "device" in transfers:
-        found.append(Contender("ideal", Strategy(policy, HostStore("device"))))
+        found.append(Contender("ideal", Strategy(policy, host("device"))))
     hosted = [t for t in transfers if t != "device"]
-    found += [Contender("offload", Strategy(Full(), HostStore(t))) for t in hosted]  # type: ignore[arg-type]
-    return found + [Contender("infinigen", Strategy(policy, HostStore(t))) for t in hosted]  # type: ignore[arg-type]
+    found += [Contender("offload", Strategy(Full(), host(t))) for t in hosted]  # type: ignore[arg-type]
+    return found + [Contender("infinigen", Strategy(policy, host(t))) for t in hosted]  # type: ignore[arg-type]
 
 
 class Decoding:
@@ -183,15 +182,14 @@ def measure(settings: Settings, entrants: Sequence[Contender], trace_dir: pathli
     if prompt_len < 64:
         raise kvjax.InputError(f"--context={settings.context} leaves a prompt of {prompt_len} tokens before the samples; give more")
     prompts = offline.make_workload(model, settings.batch_size, prompt_len, settings.seed, min(8, prompt_len // 16)).prompts
-    calibration = calibrate(model) if any(c.strategy.policy.speculates for c in entrants) else None
+    calibration = calibrate(model) if any(c.strategy.policy.guesses for c in entrants) else None
     common = setting() | {"settings": dataclasses.asdict(settings), "model_id": model.config.name, "dtype": str(model.dtype)}
     common |= {"batch_size": settings.batch_size, "context": settings.context, "device": device_name()}
     common |= {"link_bytes_per_second": link_bytes_per_second()}
     records: dict[str, Record] = {}
     entries = []
     for contender in entrants:
-        store = contender.strategy.store
-        transfer = store.transfer if isinstance(store, HostStore) else None
+        transfer = contender.strategy.store.options.get("transfer")
         record = {"entry": contender.name, "role": contender.role, "strategy": contender.strategy.describe(), "transfer": transfer}
         records[contender.name] = common | record
         console.print(f"{contender.name}: prompts and first step", highlight=False)

@@ -111,7 +111,7 @@ class Bench:
         }
 
     def _guided(self, strategy: Strategy) -> Model:
-        if strategy.policy.speculates and self._calibration is None:
+        if strategy.policy.guesses and self._calibration is None:
             self._calibration = calibrate(self.model)
         return calibrated(self.model, strategy, self._calibration)
 

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from experiments.infinigen.study import COLOURS
-from kvjax.cache import Full, HostStore, ledger, parse_strategy
+from kvjax.cache import Full, ledger, parse_strategy
 from kvjax.calibrate import Calibration, calibrate, calibrated, captured, curves_of, kept_columns, with_curves
 from kvjax.command import fail, parse_flags
 from kvjax.errors import InputError, KvjaxError
@@ -247,7 +247,7 @@ def _fed(model: Model, calibration: Calibration, spec: str, rows: Int[np.ndarray
     first, kv = run_prefill(ready, strategy, rows[:, :prompt_len], lengths, rows.shape[1] - prompt_len)
     following, kv, found = fed_forced(ready, strategy, kv, rows[:, prompt_len:])
     record: dict[str, Any] = {"read": _read(strategy.policy, prompt_len)}
-    if found and isinstance(strategy.store, HostStore):
+    if found:
         books, above = ledger(strategy, kv), strategy.policy.full_layers
         held = prompt_len + (rows.shape[1] - prompt_len - 1) / 2
         record = {name: float(np.mean([np.asarray(found[i][name]).mean() for i in found])) for name in MEASURES}

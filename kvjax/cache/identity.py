@@ -6,7 +6,7 @@ from typing import Any
 
 from kvjax.cache.notation import argument, written
 from kvjax.cache.policies.base import Amount
-from kvjax.cache.stores import STORES
+from kvjax.cache.store import STORES, Store
 
 DEFAULT_STORE = "dense"
 """The store of a strategy that names none, unless its policy can stand in another one alone."""
@@ -64,28 +64,13 @@ def of_record(found: Any) -> Identity | None:
     return Identity(**{name: found[name] for name in FIELDS})
 
 
-def store_options(store: Any) -> dict[str, Any]:
-    """What can be said about a store in a spec string, with its values.
-
-    These are the fields of the class that carries the store's name; what a device adds to it (the platform of its kernels) is none of them.
-    """
-    kind: Any = STORES.get(store.name, type(store))
-    return {field.name: getattr(store, field.name) for field in dataclasses.fields(kind) if field.init}
-
-
-def changed_options(store: Any) -> dict[str, Any]:
-    """Those of `store_options` that are not the default."""
-    kind: Any = STORES.get(store.name, type(store))
-    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-    return {name: value for name, value in store_options(store).items() if defaults[name] != value}
-
-
-def store_spec(store: Any) -> str:
+def store_spec(store: Store) -> str:
     """A store in a spec string: `paged`, `paged(16)`, `host(transfer=device,levels=8)`.
 
     What is at its default is left out, and so is the name of the first option where it is the only one.
     """
-    changed = changed_options(store)
-    if changed and list(changed) == list(store_options(store))[:1]:
+    usual = STORES[store.name]().options
+    changed = {name: value for name, value in store.options.items() if usual[name] != value}
+    if changed and list(changed) == list(usual)[:1]:
         return f"{store.name}({argument(next(iter(changed.values())))})"
     return written(store.name, changed)

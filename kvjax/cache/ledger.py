@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache.state import KVState, LayerState
-from kvjax.cache.stores import HostLayer, HostStore, PagedStore, PageTable, Store
 from kvjax.cache.strategy import Strategy
 
 
@@ -19,7 +18,7 @@ class Tier:
       live: keys and values of tokens that are kept.
       metadata: positions, scores, next slots, lengths; partial keys, which policies guess with.
       empty: allocated for keys and values, holding no token.
-      fragmentation: inside pages that are in use but not full (none in a dense store).
+      fragmentation: inside pages that are in use but not full (none where a page is a row).
     """
 
     live: int = 0
@@ -39,7 +38,7 @@ class Ledger:
     Attributes:
       device, host: by tier. Their totals together are the nbytes of every array of the state.
       logical: bytes the full cache would need for the same tokens (keys and values alone, nothing allocated ahead).
-      fetched: per layer, for a host store: the share of the tokens held that crossed over, per decode step so far.
+      fetched: per layer, of a tier that fetches: the share of the tokens held that crossed over, per decode step so far.
       wanted: likewise, the share that was asked for; the rest of `fetched` is rounding up to the sizes a fetch can have.
       transient: scratch memory of the decode step beyond its inputs and outputs, from the compiled program; None when it was not asked for.
       kept_fraction: stored (token, kv head) pairs over those seen.
@@ -89,69 +88,70 @@ class Ledger:
 
 def ledger(strategy: Strategy, kv: KVState, transient: int | None = None) -> Ledger:
     """The ledger of a state. Reads the positions, so it waits for the device."""
-    batch = kv.length.shape[0]
+    batch, tier = kv.length.shape[0], strategy.store.tier
     seen = int(kv.length.sum())
-    stored_bytes = sum(nbytes(_pool(layer)) for layer in kv.layers)
-    live = logical = slots_kept = slots_seen = in_use = 0
+    stored_bytes = pool_bytes(kv)
+    live = logical = pairs_kept = pairs_seen = in_use = 0
     for layer in kv.layers:
-        heads, token_bytes = strategy.store.token_bytes(layer.store, batch)
+        heads, token_bytes = layer.pool.num_heads, layer.pool.token_bytes
         kept = kept_tokens(layer, kv, heads)
         live += kept * token_bytes
-        in_use += _slots_in_use(strategy.store, layer, kv) * heads * token_bytes
+        in_use += _slots_in_use(layer, kv) * heads * token_bytes
         logical += seen * heads * token_bytes
-        slots_kept += kept
-        slots_seen += seen * heads
+        pairs_kept += kept
+        pairs_seen += seen * heads
     in_use = max(in_use, live)
     metadata = nbytes(kv) - stored_bytes
     tokens = Tier(live=live, empty=stored_bytes - in_use, fragmentation=in_use - live)
-    read = sum(nbytes(layer) for layer in kv.layers) / batch  # a step reads every array once
-    moved = 0.0
+    read, moved = sum(nbytes(layer) for layer in kv.layers) / batch, 0.0  # a step reads every array once
     fetched: tuple[float, ...] = ()
     wanted: tuple[float, ...] = ()
-    if isinstance(strategy.store, HostStore):
-        moved = sum(traffic_bytes(strategy.store, layer, batch) for layer in kv.layers)
+    if tier.fetches:
+        moved = sum(traffic_bytes(layer) for layer in kv.layers)
         read = moved + metadata / batch
         shares = [traffic_shares(layer) for layer in kv.layers]
         fetched, wanted = tuple(share for share, _ in shares), tuple(share for _, share in shares)
-    on_host = isinstance(strategy.store, HostStore) and strategy.store.transfer != "device"
-    device, host = (Tier(metadata=metadata), tokens) if on_host else (dataclasses.replace(tokens, metadata=metadata), Tier())
+    device, host = (Tier(metadata=metadata), tokens) if tier.in_host else (dataclasses.replace(tokens, metadata=metadata), Tier())
     return Ledger(
         device=device,
         host=host,
         logical=logical,
-        kept_fraction=slots_kept / slots_seen if slots_seen else 1.0,
+        kept_fraction=pairs_kept / pairs_seen if pairs_seen else 1.0,
         bytes_read_per_token=read,
-        bytes_moved_per_token=moved if on_host else 0.0,
+        bytes_moved_per_token=moved if tier.in_host else 0.0,
         transient=transient,
         fetched=fetched,
         wanted=wanted,
     )
 
 
+def device_bytes(strategy: Strategy, kv: KVState) -> int:
+    """Device memory of a state, which may be one of shapes alone."""
+    return nbytes(kv) - (pool_bytes(kv) if strategy.store.tier.in_host else 0)
+
+
+def pool_bytes(kv: KVState) -> int:
+    """Bytes for keys and values of tokens, used or not."""
+    return sum(nbytes((layer.pool.k, layer.pool.v)) for layer in kv.layers)
+
+
 def traffic_shares(layer: LayerState) -> tuple[float, float]:
     """Moved and wanted rows over those held, of all decode steps so far."""
-    _, held, wanted, moved = (float(x) for x in np.asarray(layer.store.traffic))
+    _, held, wanted, moved = (float(x) for x in np.asarray(layer.traffic))
     return (moved / held, wanted / held) if held else (0.0, 0.0)
 
 
-def _pool(layer: LayerState):
-    """The arrays that hold keys and values of tokens."""
-    return (layer.store.k, layer.store.v) if isinstance(layer.store, HostLayer) else layer.store
-
-
-def traffic_bytes(store: HostStore, layer: LayerState, batch: int) -> float:
+def traffic_bytes(layer: LayerState) -> float:
     """Bytes that `layer` has brought to the device per token decoded so far."""
-    decoded, _, _, moved = (float(x) for x in np.asarray(layer.store.traffic))
-    _, token_bytes = store.token_bytes(layer.store, batch)
-    return moved * token_bytes / decoded if decoded else 0.0
+    decoded, _, _, moved = (float(x) for x in np.asarray(layer.traffic))
+    return moved * layer.pool.token_bytes / decoded if decoded else 0.0
 
 
-def _slots_in_use(store: Store, layer: LayerState, kv: KVState) -> int:
-    """Slots of the pages that hold at least one token; 0 without pages."""
-    if not isinstance(kv.shared, PageTable):
+def _slots_in_use(layer: LayerState, kv: KVState) -> int:
+    """Slots of the pages that hold at least one token; 0 where a page is a row."""
+    if kv.table is None:
         return 0
-    assert isinstance(store, PagedStore)
-    size = store.page_size
+    size = layer.pool.page_size
     if layer.position is None:
         return int((-(-np.asarray(kv.length) // size)).sum()) * size
     held = np.asarray(layer.position) >= 0

@@ -11,11 +11,11 @@ import functools
 import importlib
 from typing import Any
 
-from kvjax.cache.identity import DEFAULT_STORE, Identity, store_options
+from kvjax.cache.identity import DEFAULT_STORE, Identity
 from kvjax.cache.notation import Call, read_call, split
 from kvjax.cache.policies import POLICIES, Amount, Policy
-from kvjax.cache.stores import STORES
-from kvjax.cache.strategy import ALIASES, Strategy
+from kvjax.cache.store import STORES, Store
+from kvjax.cache.strategy import ALIASES, Strategy, usual_store
 from kvjax.errors import KvjaxError, SpecError
 
 CODECS: dict[str, Any] = {}
@@ -47,7 +47,7 @@ def parse_strategy(spec: str, store: str | None = None, page_size: int | None = 
             raise SpecError(f"{spec.strip()} means {keep} in the {only} store; for {keep} in another store write {keep}+{other}")
         own = own or read_call(only, "store")
     policy = parse_policy(keep)
-    own = own or read_call(policy.home or store or DEFAULT_STORE, "store")
+    own = own or read_call(usual_store(policy, store or DEFAULT_STORE), "store")
     filled = {"page_size": page_size, "transfer": transfer}
     codec = {} if parts.codec is None else {"codec": CODECS[parts.codec]}
     return Strategy(policy, _store(own, {name: value for name, value in filled.items() if value is not None}), **codec)
@@ -130,7 +130,7 @@ def _misplaced(spec: str, call: Call, stored: bool) -> str:
     return f"unknown store or codec {call.path!r} in strategy {spec!r}; stores: {', '.join(STORES)}; {codecs}"
 
 
-def _store(call: Call, filled: dict[str, Any]) -> Any:
+def _store(call: Call, filled: dict[str, Any]) -> Store:
     """The store of a call.
 
     Args:
@@ -138,8 +138,8 @@ def _store(call: Call, filled: dict[str, Any]) -> Any:
 
     Raises SpecError.
     """
-    kind: Any = STORES[call.name]
-    known = [field.name for field in dataclasses.fields(kind) if field.init]
+    make = STORES[call.name]
+    known = list(make().options)
     takes = f"it takes {', '.join(known)}" if known else "it takes no options"
     options = dict(call.arguments)
     if len(call.values) > min(len(known), 1) or (call.values and known[0] in options):
@@ -148,7 +148,7 @@ def _store(call: Call, filled: dict[str, Any]) -> Any:
     options |= dict(zip(known, call.values, strict=False))
     if unknown := [name for name in options if name not in known]:
         raise SpecError(f"the {call.name} store has no option {unknown[0]!r}; {takes}")
-    return kind(**{name: value for name, value in filled.items() if name in known} | options)
+    return make(**{name: value for name, value in filled.items() if name in known} | options)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -186,5 +186,5 @@ def read_identity(
             return dataclasses.replace(found, keep=keep, label=label if strategy == plain else found.label)
     variant = None if own.name == DEFAULT_STORE else own.name
     return Identity(
-        label, parts.keep, call.path, call.arguments, own.name, store_options(own), parts.codec, call.path, variant, None, False
+        label, parts.keep, call.path, call.arguments, own.name, own.options, parts.codec, call.path, variant, None, False
     )  # fmt: skip

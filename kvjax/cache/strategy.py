@@ -1,14 +1,14 @@
-"""A strategy: a policy (which tokens) over a store (where their bytes live), as pure functions over the KV state.
+"""A strategy: a policy (which tokens are kept and read) over a store (where their bytes live), as pure functions over the KV state.
 
-The decoder meets it per layer, in `prefill`, `decode` and `look_ahead` (what the next layer will want, for stores that have to fetch it);
-around them stand `init` (allocate), `stage` and `settle` (a prompt that comes in chunks but is compressed only once it is complete).
-
-A policy that speculates comes with a guide per layer (kvjax.calibrate): it turns keys into partial keys, which go to the store with them.
+The decoder meets it per layer, in `prefill`, `decode` and `look_ahead` (what the next layer is going to read, where that is chosen, or has
+to be fetched, ahead); around them stand `init` (allocate) and `commit` (compress a prompt that was staged).
 
 What happens to a prompt:
   whole    one call sees it all; each layer attends, then keeps what the policy keeps. Only one layer's full keys and values exist at
            a time.
-  staged   chunks go into a state that holds everything (`stage`), statistics add up, `settle` compresses. Same result as whole.
+  staged   chunks go into a state that holds everything (`stage`, `append`) with what attention has shown of every token, and `commit`
+           compresses. Same result as whole. What is staged does not depend on the policy but for the statistics it asks for, so that one
+           pass serves several.
   bounded  after every chunk the kept set is cut back to the budget. Memory never exceeds the budget plus one chunk of one layer; the
            result is an approximation, because a token may be dropped before the queries that would have wanted it were seen.
 """
@@ -22,23 +22,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache.attention import GroupMass, chunk_attention, prompt_attention, summed_mass
-from kvjax.cache.identity import DEFAULT_STORE, Identity, store_options, store_spec
-from kvjax.cache.policies import Full, Policy, Slots, policy_name
-from kvjax.cache.policies.base import arguments
-from kvjax.cache.state import CacheShape, KVState, LayerState
-from kvjax.cache.stores import DenseStore, HostLayer, HostStore, KernelDenseStore, KernelHostStore, KernelStore, Store, native_store
-from kvjax.cache.stores.dense import select_rows
-from kvjax.cache.stores.kernels import attend_prompt
-from kvjax.errors import InputError, SpecError
+from kvjax.cache.identity import DEFAULT_STORE, Identity, store_spec
+from kvjax.cache.policies import Policy, Seen, Selection, Slots, View, arguments, policy_name
+from kvjax.cache.policies import tokens as tokens_of
+from kvjax.cache.pool import Pool, select_rows
+from kvjax.cache.state import CacheShape, KVState, LayerState, Own
+from kvjax.cache.store import Store
+from kvjax.cache.tiers import Ahead
+from kvjax.errors import SpecError
+from kvjax.kernels.attention import NEG_INF, Attended, Keys, Mask, Observe, attention, scores, tokens
 from kvjax.kernels.dispatch import Device
 from kvjax.kernels.h2o_evict import h2o_evict
+from kvjax.kernels.paged_attention import Statistics
 from kvjax.kernels.speculate import speculate
 
 ALIASES = {"vllm": ("full", "paged"), "offload": ("full", "host")}
 """Names for a policy in a store."""
 
-NO_GUIDE = "guesses the next layer's queries, which takes a calibrated model: pass it through kvjax.calibrated(model, strategy) first"
+
+def usual_store(policy: Policy, otherwise: str = DEFAULT_STORE) -> str:
+    """The name of the store that a policy stands in unless it is said: one to fetch from, for a policy that chooses what to fetch."""
+    return "host" if policy.fetches else otherwise
+
+
+DENSE = Store()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,33 +53,32 @@ class Strategy:
     """Static under jit; all state is in the KVState."""
 
     policy: Policy
-    store: Store = DenseStore()
+    store: Store = DENSE
 
     def __post_init__(self):
-        if self.policy.keeps_score and not self.policy.per_head:
-            raise SpecError(f"{self.policy.describe()}: a policy that keeps scores keeps them per kv head; set per_head = True")
-        if self.policy.home not in (None, self.store.name):
+        if self.policy.fetches and not self.store.tier.fetches:
             raise SpecError(
-                f"{self.policy.describe()} fetches the tokens it has chosen from a {self.policy.home} store; the {self.store.name} store "
-                f"has nothing to fetch from (--store={self.policy.home}; with --transfer=device its pool is device memory)"
+                f"{self.policy.describe()} fetches the tokens it has chosen from a host store; the {self.store.name} store has nothing to "
+                "fetch from (--store=host; with --transfer=device its pool is device memory)"
+            )
+
+        if self.store.tier.driven and self.policy.selects in ("step", "last"):
+            raise SpecError(
+                f"{self.policy.describe()} chooses what it reads by the queries of a step, and the host that drives the layers fetches "
+                "before (--transfer=driven); use jit or device"
             )
 
     def native(self, device: Device) -> "Strategy":
-        """This strategy over the store that a device computes with: the same one on a CPU, one with kernels where there are some for it.
+        """This strategy over the store as a device computes with it.
 
         Entry points call it once (kvjax.generation.as_strategy); below them a strategy is taken as it is.
         """
-        return dataclasses.replace(self, store=native_store(self.store, device))
-
-    @property
-    def staging(self) -> DenseStore:
-        """Where a prompt stands that comes in chunks and is compressed once it is complete."""
-        return KernelDenseStore(self.store.platform) if isinstance(self.store, KernelStore | KernelHostStore) else DenseStore()
+        return dataclasses.replace(self, store=self.store.native(device))
 
     def describe(self) -> str:
         """The spec string, which parses to this very strategy; what is at its default is left out."""
         keep, store = self.policy.describe(), store_spec(self.store)
-        if store == (self.policy.home or DEFAULT_STORE):
+        if store == usual_store(self.policy):
             return keep
         names = {pair: alias for alias, pair in ALIASES.items()}
         return names.get((keep, store), f"{keep}+{store}")
@@ -87,20 +93,27 @@ class Strategy:
             policy=policy_name(type(policy)),
             arguments=arguments(policy),
             store=store,
-            options=store_options(self.store),
+            options=self.store.options,
             codec=None,
             family=alias or policy.family or policy_name(type(policy)),
-            variant=None if alias or store == (policy.home or DEFAULT_STORE) else store,
+            variant=None if alias or store == usual_store(policy) else store,
             budget=policy.total_budget(),
             unlimited=policy.unlimited and policy.exact,
         )
 
-    def slots(self, prompt_length: int, max_length: int) -> int:
-        """Slots a row needs for a prompt of `prompt_length` tokens and `max_length` tokens in total.
+    # ---------------------------------------------------------------------------------------------------------------------- allocation
+
+    @property
+    def observes(self) -> tuple[Observe, ...]:
+        """What a prompt that is staged for this strategy has to be asked for."""
+        return () if self.policy.observes is None else (self.policy.observes,)
+
+    def slots(self, prompt_length: int, max_length: int, layer: int | None = None, num_layers: int = 1) -> int:
+        """Slots a row needs in a layer (None: in any) for a prompt of `prompt_length` tokens and `max_length` tokens in total.
 
         A policy that evicts needs its budget and one slot for the token at hand, and no more than there will be tokens.
         """
-        budget = self.policy.kept_tokens(prompt_length)
+        budget = self.policy.most_kept(prompt_length, layer, num_layers)
         if budget is None:
             return max_length
         if self.policy.evicts_in_decode:
@@ -117,56 +130,45 @@ class Strategy:
           fill: what the memory holds before anything is written; tests use NaN.
         """
         lengths = jnp.asarray(prompt_lengths, jnp.int32)
-        capacity = self.slots(max_prompt, max_prompt + max_new)
-        batch = lengths.shape[0]
+        batch, longest = lengths.shape[0], max_prompt + max_new
+        widest = self.slots(max_prompt, longest)
         layers = []
         for index in range(shape.num_layers):
-            store = self.with_partial(self.store.init(shape, batch, capacity, fill), index, batch, fill)
-            layers.append(self.with_metadata(store, shape, batch, capacity))
-        return KVState(tuple(layers), jnp.zeros_like(lengths), lengths, self.store.share(batch, capacity))
+            own = self.store.page_size is None  # pages are of one table, the same in all layers
+            capacity = self.slots(max_prompt, longest, index, shape.num_layers) if own else widest
+            layers.append(self.layer(self.store.init(shape, batch, capacity, fill), shape, index, lengths, capacity, fill))
+        return KVState(tuple(layers), jnp.zeros_like(lengths), lengths, self.store.table(batch, widest))
 
-    def with_partial(self, store: Any, index: int, rows: int, fill: float = 0.0) -> Any:
-        """What the store has for layer `index`, with room for the partial keys of `rows` rows where this policy speculates."""
-        if not self._speculates(index):
-            return store
-        assert isinstance(self.store, HostStore)
-        return self.store.with_partial(store, rows, self.policy.partial_columns(store.k.shape[-1]), fill)
-
-    def with_metadata(self, store: Any, shape: CacheShape, batch: int, capacity: int) -> LayerState:
-        """A layer over `store` with the (empty) slots this policy keeps books of, for `batch` rows of up to `capacity` slots."""
-        if self.policy.kept_tokens(1) is None:
-            return LayerState(store)
-        heads, capacity = shape.num_kv_heads if self.policy.per_head else 1, self.store.rounded(capacity)
-        return LayerState(
-            store=store,
-            position=jnp.full((batch, heads, capacity), -1, jnp.int32),
-            score=jnp.zeros((batch, heads, capacity), jnp.float32) if self.policy.keeps_score else None,
-            next_slot=jnp.zeros((batch, heads), jnp.int32),
+    def layer(
+        self, pool: Pool, shape: CacheShape, index: int, prompt_lengths: Int[Array, " R"], capacity: int, fill: float = 0.0
+    ) -> LayerState:
+        """Layer `index`, empty: a pool, and the books of rows of up to `capacity` slots."""
+        policy, slots, rows = self.policy, self.store.rounded(capacity), prompt_lengths.shape[0]
+        own = policy.init_own(shape, rows, slots, index)
+        if not (isinstance(fill, float) and fill == 0):
+            own = jax.tree.map(lambda x: jnp.full_like(x, fill) if jnp.issubdtype(x.dtype, jnp.floating) else x, own)
+        last = (rows, shape.num_kv_heads * shape.group_size, shape.head_dim)
+        layer = LayerState(
+            pool,
+            own=own,
+            queries=jnp.zeros(last, shape.dtype) if policy.selects == "last" else None,
+            traffic=jnp.zeros(4, jnp.float32) if self.store.tier.fetches else None,
+        )
+        if not policy.evicts:
+            return layer
+        heads = shape.num_kv_heads if policy.per_head else 1
+        return dataclasses.replace(
+            layer,
+            position=jnp.full((rows, heads, slots), -1, jnp.int32),
+            next_slot=jnp.zeros((rows, heads), jnp.int32),
+            budget=self._budget(prompt_lengths, index, shape.num_layers),
         )
 
-    def stage(self, shape: CacheShape, prompt_lengths, max_prompt: int, fill: float = 0.0) -> KVState:
-        """An empty state that holds a whole prompt and the policy's statistics, for `settle` to compress."""
-        lengths = jnp.asarray(prompt_lengths, jnp.int32)
-        batch, slots = lengths.shape[0], self.staging.rounded(max_prompt)
-        layers = []
-        for _ in range(shape.num_layers):
-            score = jnp.zeros((batch, shape.num_kv_heads, slots), jnp.float32) if self.policy.keeps_score else None
-            layers.append(LayerState(self.staging.init(shape, batch, slots, fill), score=score))
-        return KVState(tuple(layers), jnp.zeros_like(lengths), lengths)
+    def _budget(self, prompt_lengths: Int[Array, " B"], index: Any, num_layers: int) -> Int[Array, "B h"] | None:
+        budget = self.policy.kept_in_layer(prompt_lengths, index, num_layers)
+        return None if budget is None else jnp.asarray(budget, jnp.int32)
 
-    def settle(self, staged: KVState, empty: KVState, guides: tuple = ()) -> KVState:
-        """Compresses a staged prompt into the (bounded) state `empty`. `guides`: per layer, for a policy that speculates."""
-        layers = []
-        for index, (source, target) in enumerate(zip(staged.layers, empty.layers, strict=True)):
-            layers.append(self.settle_layer(source, target, staged.length, empty, guides[index] if guides else None))
-        return dataclasses.replace(empty, layers=tuple(layers), length=staged.length, prompt_length=staged.prompt_length)
-
-    def settle_layer(
-        self, source: LayerState, target: LayerState, length: Int[Array, " B"], empty: KVState, guide: Any = None
-    ) -> LayerState:
-        """`settle` of one layer: `source`, with `length` tokens, into `target`, a layer of `empty`."""
-        k, v = self.staging.tokens(source.store, None, length.shape[0])
-        return self._keep_prompt(target, k, v, source.score, length, empty, guide)
+    # ------------------------------------------------------------------------------------------------------------------------- prompts
 
     def prefill(
         self,
@@ -180,39 +182,171 @@ class Strategy:
         context: int | None = None,
         guide: Any = None,
     ) -> tuple[Float[Array, "B S H D"], LayerState]:
-        """Attends to a prompt, or the next chunk of it, and keeps what the policy keeps.
+        """Attends to a prompt, or the next chunk of it, and keeps what the policy keeps; where it evicts, down to the budget, now.
 
         Args:
-          layer: this layer of `kv`; with positions, it is cut to the budget now, without, it collects everything.
+          layer: this layer of `kv`.
           valid: tokens that are part of the prompt; a row's valid tokens come first.
           first: nothing is in the cache yet (static).
           context: no row is longer than this after the chunk (static; None: no bound but the capacity). Slots beyond are not read.
-          guide: of this layer, for a policy that speculates.
+          guide: of this layer, for a policy that guesses.
         """
-        bounded = layer.position is not None
-        group_mass = self._group_mass() if bounded or layer.score is not None else None
-        if first:
-            with jax.named_scope("attend"):
-                out, masses = self._attend_prompt(q, k, v, valid, () if group_mass is None else (group_mass,))
-                mass = masses[0] if masses else None
-            with jax.named_scope("evict" if bounded else "write"):
-                score = self._scored(k, v, mass)
-                if bounded:
-                    return out, self._keep_prompt(layer, k, v, score, valid.sum(-1, dtype=jnp.int32), kv, guide)
-                store = self._holding(layer).fill(layer.store, kv.shared, self._with_partial(layer, k, guide), v, valid)
-                return out, dataclasses.replace(layer, store=store, score=_padded(score, layer.score))
-        if bounded:
-            return self._prefill_bounded(layer, q, k, v, kv, valid, group_mass, guide)
-        holding = self._holding(layer)
-        with jax.named_scope("write"):
-            store = holding.write_chunk(layer.store, kv.shared, kv.length, self._with_partial(layer, k, guide), v, valid)
+        if not self.policy.evicts:
+            out, layer, masses = append(self.store, self.observes, layer, q, k, v, kv, valid, first, context)
+            with jax.named_scope("write"):
+                return out, self._appended(layer, k, v, masses, kv, valid, guide)
+        if not first:
+            return self._prefill_bounded(layer, q, k, v, kv, valid, guide)
         with jax.named_scope("attend"):
-            out, mass = holding.attend_chunk(store, kv.shared, q, kv.length, valid, context, group_mass)
-        score = layer.score
-        if score is not None:
-            score = _scatter(score, kv.length, self.policy.initial_score(k, v), valid)
-            score = score if mass is None else self.policy.observe(score, _padded(mass, score))
-        return out, dataclasses.replace(layer, store=store, score=score)
+            found = attention(q, tokens(k, v), Mask(counted=valid), observe=self.observes)
+        with jax.named_scope("evict"):
+            return found.out, self._keep_prompt(layer, k, v, found.observed, valid.sum(-1, dtype=jnp.int32), kv, guide)
+
+    def _appended(self, layer: LayerState, k, v, masses, kv: KVState, valid: Bool[Array, "B S"], guide) -> LayerState:
+        """The policy's state with tokens that now stand in slots `kv.length` and on, after attention to all."""
+        before = layer.rows_of_own()
+        if not jax.tree.leaves(before):
+            return layer
+        slot = kv.length[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)
+        layer, own = self._stored(layer, before, self.policy.initial(k, v, guide), slot[:, None], valid[:, None])
+        if masses:
+            own = self.policy.observe(own, Seen(masses[0], None, (kv.length + valid.sum(-1))[:, None, None]))
+        return layer.with_own(own, before)
+
+    def _prefill_bounded(self, layer: LayerState, q, k, v, kv: KVState, valid, guide) -> tuple[Float[Array, "B S H D"], LayerState]:
+        """Attend to the kept slots and the chunk, then cut both together back to the budget."""
+        assert layer.position is not None
+        batch, size = valid.shape
+        position = kv.length[:, None] + jnp.arange(size, dtype=jnp.int32)
+        fresh = jnp.broadcast_to(jnp.where(valid, position, -1)[:, None], (batch, layer.position.shape[1], size))
+        where = jnp.concatenate([layer.position, fresh], axis=-1)
+        held_k, held_v = self.store.tokens(layer.pool, kv.table, batch)
+        keys, values = jnp.concatenate([held_k.astype(k.dtype), k], 1), jnp.concatenate([held_v.astype(v.dtype), v], 1)
+        with jax.named_scope("attend"):
+            found = attention(q, tokens(keys, values), Mask(position, where, counted=valid), observe=self.observes)
+        with jax.named_scope("evict"):
+            own = layer.rows_of_own()
+            own = jax.tree.map(lambda old, new: jnp.concatenate([old, new], -1), own, like(own, self.policy.initial(k, v, guide)))
+            length = kv.length + valid.sum(-1, dtype=jnp.int32)
+            if found.observed:
+                own = self.policy.observe(own, Seen(found.observed[0], None, length[:, None, None]))
+            return found.out, self._keep(layer, keys, values, own, where, length, kv, valid.any(-1))
+
+    def commit(
+        self, source: LayerState, target: LayerState, length: Int[Array, " B"], empty: KVState, guide: Any = None,
+        context: int | None = None, index: Any = 0, num_layers: int = 1,
+    ) -> LayerState:  # fmt: skip
+        """Compresses a layer of a staged prompt of `length` tokens into `target`, a layer of `empty`.
+
+        Args:
+          source: with what attention has shown by `observes`.
+          context: no more than that many slots of `source` hold anything (static); None: all may.
+          index: which layer it is, an int or a traced one.
+        """
+        k, v = self.store.staging.tokens(source.pool, None, length.shape[0], context)
+        if target.budget is not None:
+            target = dataclasses.replace(target, budget=self._budget(empty.prompt_length, index, num_layers))
+        return self._keep_prompt(target, k, v, tuple(x[..., : k.shape[1]] for x in source.observed), length, empty, guide)
+
+    def _keep_prompt(self, layer: LayerState, k, v, masses, length, kv: KVState, guide=None) -> LayerState:
+        """Fills the layer from the first `length` tokens of (k, v), which stand in the order of their positions."""
+        index = jnp.arange(k.shape[1], dtype=jnp.int32)
+        valid = index < length[:, None]
+        if layer.position is None:  # nothing is ever dropped
+            pool = self.store.tier.filled(layer.pool, kv.table, k, v, valid)
+            start = dataclasses.replace(kv, length=jnp.zeros_like(kv.length))
+            padded = tuple(padded_to(x, layer.pool.capacity(kv.table)) for x in masses)
+            return self._appended(dataclasses.replace(layer, pool=pool), k, v, padded, start, valid, guide)
+        own = like(layer.own, self.policy.initial(k, v, guide))
+        if masses:
+            own = self.policy.observe(own, Seen(masses[0], None, length[:, None, None]))
+        position = jnp.broadcast_to(jnp.where(valid, index, -1)[:, None], (*layer.position.shape[:2], k.shape[1]))
+        return self._keep(layer, k, v, own, position, length, kv)
+
+    def _keep(
+        self, layer: LayerState, k, v, own: Own, position: Int[Array, "B h S"], length, kv: KVState, rows: Bool[Array, " B"] | None = None
+    ) -> LayerState:
+        """Fills the slots of these rows (None: all) with the tokens the policy keeps, in the order of their positions."""
+        policy, capacity = self.policy, layer.pool.capacity(kv.table)
+        slots = Slots(position, own, length[:, None, None], kv.prompt_length[:, None, None])
+        ranked, budget = policy.priority(slots), self._may_hold(layer, kv)
+        if layer.budget is not None:
+            budget = jnp.broadcast_to(policy.allocate(slots, ranked, budget), layer.budget.shape)
+            layer = dataclasses.replace(layer, budget=budget if rows is None else jnp.where(rows[:, None], budget, layer.budget))
+        index = highest(ranked, position, budget, capacity)
+        kept = jnp.take_along_axis(position, index, axis=-1, mode="fill", fill_value=-1)
+        next_slot = jnp.minimum((kept >= 0).sum(-1), capacity - 1).astype(jnp.int32)
+        own = jax.tree.map(lambda x: _taken(x, index), own)
+        pool = self.store.tier.chosen(layer.pool, kv.table, k, v, index, rows)
+        before = layer.rows_of_own()
+        if rows is not None:
+            stay = (layer.position, next_slot if layer.next_slot is None else layer.next_slot, before)
+            kept, next_slot, own = jax.tree.map(partial(select_rows, rows), (kept, next_slot, own), stay)
+        return dataclasses.replace(layer, pool=pool, position=kept, next_slot=next_slot).with_own(own, before)
+
+    def _may_hold(self, layer: LayerState, kv: KVState) -> Int[Array, "B h"]:
+        """Tokens that the kv heads of every row may hold."""
+        return self.policy.kept_tokens(kv.prompt_length)[:, None] if layer.budget is None else layer.budget
+
+    # ------------------------------------------------------------------------------------------------------------------- a decode step
+
+    def look_ahead(
+        self, index: int, queries: Callable[[], Float[Array, "B Hkv G P"] | None], kv: KVState, active: Bool[Array, " B"]
+    ) -> Ahead | None:
+        """While layer `index` is computed, what layer `index + 1` is going to read; None where that is all, as it lies, or not known yet.
+
+        Args:
+          queries: makes the guessed partial queries of layer `index + 1`, scaled; returns None without a guide.
+        """
+        policy, tier = self.policy, self.store.tier
+        if index + 1 == len(kv.layers):
+            return None
+        layer = kv.layer(index + 1)
+        if policy.selects == "last" or policy.selects == "step":
+            return self._chosen(layer, layer.queries, kv, active) if policy.selects == "last" else None
+        if policy.selects == "ahead" and policy.selects_by(layer.own):
+            with jax.named_scope("select"):
+                guessed = queries()
+            return self._chosen(layer, guessed, kv, active)
+        return self._fetch(layer, None, kv, active) if tier.fetches else None
+
+    def _at_hand(self, layer: LayerState, q: Float[Array, "B H D"], kv: KVState, active: Bool[Array, " B"]) -> Ahead | None:
+        """What a layer reads for which nothing looked ahead."""
+        if self.policy.selects in ("step", "last"):
+            return self._chosen(layer, q if self.policy.selects == "step" else layer.queries, kv, active)
+        return self._fetch(layer, None, kv, active) if self.store.tier.fetches else None
+
+    def _chosen(self, layer: LayerState, queries: Any, kv: KVState, active: Bool[Array, " B"]) -> Ahead:
+        """What the policy wants to read of a layer by these queries."""
+        with jax.named_scope("select"):
+            selection = self.select(layer, queries, kv, active)
+        return self._fetch(layer, selection, kv, active)
+
+    def select(self, layer: LayerState, queries: Any, kv: KVState, active: Bool[Array, " B"]) -> Selection:
+        """The slots a policy wants of a layer, most wanted first, and how many of them: [B, Hkv, K] and [B]."""
+        position = positions(layer, kv)
+        view = View(layer.rows_of_own(), position, kv.length, kv.prompt_length, queries)
+        rule = self.policy.near_top(view) if self.store.platform != "cpu" else None
+        if rule is None:
+            slot, count = self.policy.select(view)
+        else:
+            how: Any = dict(alpha=rule.alpha, limit=rule.limit, group=rule.group)
+            found = speculate(rule.queries, rule.partial_keys, position >= 0, rule.most, rule.always, **how)
+            slot, count = jnp.minimum(found.index, position.shape[-1] - 1), found.count
+        return Selection(slot, jnp.where(active, count, 0))
+
+    def _fetch(self, layer: LayerState, selection: Selection | None, kv: KVState, active: Bool[Array, " B"]) -> Ahead:
+        """Brings these tokens to where they are read; without a selection, all of them."""
+        with jax.named_scope("fetch"):
+            held, in_use = self.held(layer, kv, active)
+            slot, count = (None, in_use) if selection is None else selection
+            return self.store.tier.fetch(layer.pool, kv.table, slot, count, held)
+
+    def held(self, layer: LayerState, kv: KVState, active: Bool[Array, " B"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+        """Tokens of every active row, and how many of its first slots hold them all: a freed slot may lie between."""
+        stored = (positions(layer, kv) >= 0) & active[:, None, None]
+        ends = jnp.arange(1, stored.shape[-1] + 1, dtype=jnp.int32)
+        return stored.sum(-1, dtype=jnp.int32).max(-1), jnp.where(stored, ends, 0).max((1, 2))
 
     def decode(
         self,
@@ -224,261 +358,244 @@ class Strategy:
         active: Bool[Array, " B"],
         guide: Any = None,
     ) -> tuple[Float[Array, "B 1 H D"], LayerState]:
-        """Writes the new token, attends, updates the statistics, chooses the next victim. Rows that are not active stay as they are."""
-        if isinstance(layer.store, HostLayer) and layer.store.staged is None:
-            layer = self._fetch(layer, None, kv, active)  # nothing looked ahead for this layer: the first one
-        if isinstance(self.store, KernelStore) and layer.score is not None:
-            rule = self.policy.fused_eviction(kv.prompt_length)
-            if rule is not None:
-                return self._decode_fused(layer, q[:, 0], k[:, 0], v[:, 0], kv, active, *rule)
-        capacity = self.store.capacity(layer.store, kv.shared)
+        """Writes the new token, attends, updates the statistics, chooses the next victim. Rows that are not active stay as they are.
+
+        What is read is `kv.ahead`, if the layer before has looked ahead.
+        """
+        policy, tier = self.policy, self.store.tier
+        ahead = self._at_hand(layer, q[:, 0], kv, active) if kv.ahead is None else kv.ahead
+        capacity = layer.pool.capacity(kv.table)
         slot = kv.length[:, None] if layer.next_slot is None else layer.next_slot
         with jax.named_scope("write"):
-            keys = self._with_partial(layer, k, guide)[:, 0]
-            store = self.store.write(layer.store, kv.shared, jnp.minimum(slot, capacity - 1), keys, v[:, 0], active)
+            if ahead is not None and ahead.k is not None:
+                ahead = _joined(ahead, slot, k, v, capacity)
+                ahead, k, v, slot = jax.lax.optimization_barrier((ahead, k, v, slot))  # fetched first: or the pool would be copied
+            pool = layer.pool
+            if pool.v:  # kvjax.host_driven has it elsewhere
+                pool = tier.put(pool, kv.table, jnp.minimum(slot, capacity - 1)[:, None], k, v, active[:, None, None])
             here = (jnp.arange(capacity) == slot[..., None]) & active[:, None, None]
             position = None if layer.position is None else jnp.where(here, kv.length[:, None, None], layer.position)
+            before = layer.rows_of_own()
+            layer = dataclasses.replace(layer, pool=pool, position=position)
+            own = before
+            if jax.tree.leaves(before):
+                layer, own = self._stored(layer, before, policy.initial(k, v, guide), slot[..., None], active[:, None, None])
         with jax.named_scope("attend"):
-            options = self._readable(kv), None if position is None else self._group_mass()
-            if isinstance(self.store, KernelStore):
-                out, mass = self.store.attend_first(store, kv.shared, q[:, 0], self._in_use(slot, kv, active), position, *options)
-            else:
-                visible = jnp.arange(capacity) <= slot[..., None] if position is None else position >= 0
-                out, mass = self.store.attend(store, kv.shared, q[:, 0], visible, *options)
-        layer = dataclasses.replace(layer, store=store, position=position)
-        if position is not None:
-            with jax.named_scope("evict"):
-                layer = self._evict(layer, slot, here, k, v, mass, kv, active)
-        if isinstance(self.store, HostStore):
-            layer = dataclasses.replace(layer, store=self.store.cleared(layer.store))
-        return out[:, None], layer
-
-    def _decode_fused(
-        self, layer: LayerState, q: Float[Array, "B H D"], k: Float[Array, "B Hkv D"], v: Float[Array, "B Hkv D"], kv: KVState,
-        active: Bool[Array, " B"], budget: Int[Array, " B"], recent: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B 1 H D"], LayerState]:  # fmt: skip
-        """`decode` of a policy whose eviction is one kernel; what is kept is the same."""
-        store, slot, position, score = self.store, layer.next_slot, layer.position, layer.score
-        assert isinstance(store, KernelStore)
-        assert slot is not None
-        assert position is not None
-        assert score is not None
-        batch, heads, capacity = position.shape
-        with jax.named_scope("write"):
-            tokens = store.write(layer.store, kv.shared, slot, k, v, active)
-            here = jnp.arange(batch)[:, None], jnp.arange(heads), jnp.where(active[:, None], slot, capacity)
-            position = position.at[here].set(kv.length[:, None], mode="drop", unique_indices=True)
-            score = score.at[here].set(0.0, mode="drop", unique_indices=True)
-        with jax.named_scope("attend"):
-            out, statistics = store.attend_with_statistics(tokens, kv.shared, q, self._in_use(slot, kv, active), position)
+            found, used = self._attend(layer, q, k, v, slot, kv, active, ahead)
         with jax.named_scope("evict"):
-            seen = kv.length + 1
-            position, score, following = h2o_evict(position, score, statistics, seen, budget, recent, active)
-            following = jnp.where(active[:, None], following, slot)
-        return out[:, None], LayerState(tokens, position, score, following)
+            layer = self._after(layer, own, before, slot, found, used, kv, active)
+        if layer.queries is not None:
+            layer = dataclasses.replace(layer, queries=jnp.where(active[:, None, None], q[:, 0], layer.queries))
+        if layer.traffic is not None and ahead is not None:
+            moved = jnp.concatenate([active.sum(keepdims=True).astype(jnp.float32), ahead.traffic])
+            layer = dataclasses.replace(layer, traffic=layer.traffic + moved)
+        return found.out, layer
 
-    def _in_use(self, slot: Int[Array, "B h"], kv: KVState, active: Bool[Array, " B"]) -> Int[Array, " B"]:
+    def _attend(
+        self, layer: LayerState, q, k, v, slot: Int[Array, "B h"], kv: KVState, active: Bool[Array, " B"], ahead: Ahead | None
+    ) -> tuple[Attended, Bool[Array, "B Hkv C"] | None]:
+        """A step's attention, its statistics by slot, and the slots that it read where the policy has chosen them and wants to know."""
+        capacity = layer.pool.capacity(kv.table)
+        if ahead is not None and ahead.k is not None:
+            return self._attend_staged(layer, q, kv, ahead)
+        keys = layer.pool.keys(kv.table)
+        visible: Any = layer.position
+        chosen = None
+        if ahead is not None or self.policy.selects == "keys":
+            held = positions(layer, kv, 1) >= 0
+            if ahead is not None:
+                chosen = marked(ahead.slot, capacity) | (jnp.arange(capacity) == slot[..., None])
+            else:
+                chosen = self._by_keys(scores(q, keys), positions(layer, kv, 1), kv)
+            visible = chosen & held
+        mask = Mask(kv.length[:, None], visible, self._in_use(layer, slot, kv, active))
+        fuses = self._fuses(layer)
+        found = attention(q, keys, mask, observe=() if fuses else self.observes, residuals=fuses)
+        return found, chosen if self.policy.tracks_use else None
+
+    def _attend_staged(
+        self, layer: LayerState, q: Float[Array, "B 1 H D"], kv: KVState, ahead: Ahead
+    ) -> tuple[Attended, Bool[Array, "B Hkv C"] | None]:
+        """`_attend` over what was fetched, the step's own token in it."""
+        capacity, places = layer.pool.capacity(kv.table), ahead.slot
+        assert ahead.k is not None
+        assert ahead.v is not None
+        batch, heads, _ = places.shape
+        keys = Keys((ahead.k,), (ahead.v,), None, "rows")
+        position = jnp.broadcast_to(positions(layer, kv, 1), (batch, heads, capacity))
+        where = jnp.take_along_axis(position, places, axis=-1, mode="fill", fill_value=-1)
+        visible: Any = where >= 0
+        if self.policy.selects == "keys":
+            visible &= self._by_keys(scores(q, keys), where, kv)
+        found = attention(q, keys, Mask(kv.length[:, None], visible), observe=self.observes)
+
+        def to_slots(x: Float[Array, "B Hkv K"]) -> Float[Array, "B Hkv C"]:
+            row, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
+            return jnp.zeros((batch, heads, capacity), x.dtype).at[row, head, places].add(x, mode="drop")
+
+        observed = tuple(to_slots(x) for x in found.observed)
+        used = marked(places, capacity) if self.policy.tracks_use and self.policy.selects_by(layer.own) else None
+        return dataclasses.replace(found, observed=observed), used
+
+    def _by_keys(self, logits: Float[Array, "B Hkv G K"], position: Int[Array, "B h K"], kv: KVState) -> Bool[Array, "B Hkv K"]:
+        """What a policy reads that looks at all keys first."""
+        logits = jnp.where((position >= 0)[:, :, None], logits, NEG_INF)
+        slot, count = self.policy.choose(logits, position, kv.length, kv.prompt_length)
+        meant = jnp.where(jnp.arange(slot.shape[-1]) < count[:, None, None], slot, logits.shape[-1])
+        return marked(meant, logits.shape[-1])
+
+    def _in_use(self, layer: LayerState, slot: Int[Array, "B h"], kv: KVState, active: Bool[Array, " B"]) -> Int[Array, " B"]:
         """How many slots at the front of every row hold all its tokens, the one just put into `slot` included; 0 for a row that rests."""
         count = slot.max(-1) + 1
-        if self.policy.kept_tokens(1) is not None and self.policy.evicts_in_decode:  # any of the budget's slots may have been free
-            count = jnp.minimum(self.policy.kept_tokens(kv.prompt_length), kv.length) + 1
+        if layer.position is not None and self.policy.evicts_in_decode:  # any of the budget's slots may have been free
+            count = jnp.minimum(self._may_hold(layer, kv).max(-1), kv.length) + 1
         return jnp.where(active, count, 0)
 
-    def _attend_prompt(self, q, k, v, valid, rules: tuple[GroupMass, ...]):
-        attend = attend_prompt if isinstance(self.store, KernelStore | KernelHostStore) else prompt_attention
-        return attend(q, k, v, valid, rules)
+    def _stored(
+        self, layer: LayerState, own: Own, fresh: Own, slot: Int[Array, "B h S"], valid: Bool[Array, "B 1 S"]
+    ) -> tuple[LayerState, Own]:
+        """The policy's state with what it says of new tokens at their slots: in the layer for arrays wider than a number a slot, which
+        stay where they are, and in `own`, the call's rows of it, for the others."""
+        row = jnp.arange(slot.shape[0]) if layer.row is None else layer.row
 
-    def _group_mass(self) -> GroupMass | None:
-        """How a policy that observes joins attention mass; the plain sum under the name that kernels know it by."""
-        if not self.policy.observes:
-            return None
-        return summed_mass if self.policy.sums_mass else self.policy.group_mass
+        def put(full: Array, rows: Array, new: Array) -> tuple[Array, Array]:
+            heads, capacity = full.shape[1], full.shape[-1]
+            where = jnp.where(valid, jnp.broadcast_to(slot, (slot.shape[0], heads, slot.shape[2])), capacity)
+            if full.ndim == 3:
+                if new.shape[-1] == 1:
+                    return full, jnp.where(jnp.arange(capacity) == where, new.astype(rows.dtype), rows)
+                rank = (jnp.arange(len(rows))[:, None, None], jnp.arange(heads)[:, None], where)
+                return full, rows.at[rank].set(new.astype(rows.dtype), mode="drop")
+            between = (slice(None),) * (full.ndim - 3)
+            at = (row[:, None, None], jnp.arange(heads)[:, None], *between, where)
+            full = full.at[at].set(jnp.moveaxis(new, -1, 2).astype(full.dtype), mode="drop")
+            return full, full if layer.row is None else rows
 
-    def look_ahead(
-        self, index: int, queries: Callable[[], Float[Array, "B Hkv G P"] | None], kv: KVState, active: Bool[Array, " B"]
-    ) -> KVState:
-        """While layer `index` is computed, fetches what layer `index + 1` will read, where the store has to fetch it.
+        pairs = jax.tree.map(put, layer.own, own, like(own, fresh))
+        outer, inner = jax.tree.structure(own), jax.tree.structure((0, 0))
+        full, own = jax.tree.transpose(outer, inner, pairs)
+        return dataclasses.replace(layer, own=full), own
 
-        Args:
-          queries: makes the guessed partial queries of layer `index + 1`, scaled; returns None without a guide.
-        """
-        following = index + 1
-        if not isinstance(self.store, HostStore) or following == len(kv.layers):
-            return kv
-        layer = kv.layer(following)
-        choice = None
-        if layer.store.partial is not None:
-            with jax.named_scope("speculate"):
-                guessed = queries()
-                if guessed is None:
-                    raise SpecError(f"{self.policy.describe()} {NO_GUIDE}")
-                choice = self.choose(layer, guessed, kv, active)
-        return kv.with_layer(following, self._fetch(layer, choice, kv, active))
+    def _fuses(self, layer: LayerState) -> bool:
+        """Whether one kernel does what follows attention."""
+        return self.policy.rule is not None and self.store.platform != "cpu" and not self.store.tier.fetches and layer.budget is None
 
-    def choose(self, layer: LayerState, queries: Float[Array, "B Hkv G P"], kv: KVState, active: Bool[Array, " B"]):
-        """The slots a policy that speculates wants of a layer, most wanted first, and how many of them: [B, Hkv, K] and [B]."""
-        assert isinstance(self.store, HostStore)
-        partial_keys = self.store.partial_keys(layer.store, kv.shared)
-        capacity, position = partial_keys.shape[-1], self._positions(layer, kv)
-        rule = self.policy.fused_selection(position, kv.length) if isinstance(self.store, KernelHostStore) else None
-        if rule is not None:
-            how: Any = dict(alpha=rule.alpha, limit=rule.limit, group=rule.group)
-            found = speculate(queries, partial_keys, position >= 0, rule.most, rule.always, **how)
-            return jnp.minimum(found.index, capacity - 1), jnp.where(active, found.count, 0)
-        guess = jnp.einsum("bngp,bnpc->bngc", queries, partial_keys, preferred_element_type=jnp.float32)
-        slot, count = self.policy.select(guess, position, kv.length)
-        return slot, jnp.where(active, count, 0)
-
-    def _fetch(self, layer: LayerState, choice, kv: KVState, active: Bool[Array, " B"]) -> LayerState:
-        """The layer with these tokens staged; without a choice, with all of them."""
-        assert isinstance(self.store, HostStore)
-        with jax.named_scope("fetch"):
-            held, in_use = self.held(layer, kv, active)
-            slot, count = choice or (None, in_use)
-            return dataclasses.replace(layer, store=self.store.prefetch(layer.store, kv.shared, slot, count, held))
-
-    def held(self, layer: LayerState, kv: KVState, active: Bool[Array, " B"]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-        """Tokens of every active row, and how many of its first slots hold them all: a freed slot may lie between."""
-        stored = (self._positions(layer, kv) >= 0) & active[:, None, None]
-        ends = jnp.arange(1, stored.shape[-1] + 1, dtype=jnp.int32)
-        return stored.sum(-1, dtype=jnp.int32).max(-1), jnp.where(stored, ends, 0).max((1, 2))
-
-    def _positions(self, layer: LayerState, kv: KVState) -> Int[Array, "B h C"]:
-        """True position of the token in each slot, -1 where there is none."""
-        if layer.position is not None:
-            return layer.position
-        slots = jnp.arange(self.store.capacity(layer.store, kv.shared))
-        return jnp.where(slots < kv.length[:, None, None], slots, -1)
-
-    def _speculates(self, index: int) -> bool:
-        return self.policy.speculates and index >= self.policy.full_layers
-
-    def _with_partial(self, layer: LayerState, k: Float[Array, "B S Hkv D"], guide: Any) -> Float[Array, "B S Hkv D+P"]:
-        """Keys as the store wants them: followed by their partial columns where the layer has room for those."""
-        if getattr(layer.store, "partial", None) is None:
-            return k
-        if guide is None:
-            raise SpecError(f"{self.policy.describe()} {NO_GUIDE}")
-        return jnp.concatenate([k, jnp.einsum("bsnd,ndp->bsnp", k, guide.key).astype(k.dtype)], axis=-1)
-
-    def _evict(self, layer: LayerState, slot, here, k, v, mass, kv: KVState, active) -> LayerState:
-        """After a token went into `slot`: update the scores, free a slot if the row is over its budget, name the next slot."""
-        policy, position, score = self.policy, layer.position, layer.score
-        assert position is not None
-        length = kv.length + 1
-        if score is not None:
-            stored = jnp.where(here, self.policy.initial_score(k, v), score)
-            stored = stored if mass is None else policy.observe(stored, mass)
-            if isinstance(self.store, HostStore) and layer.store.partial is not None:  # to read everything tells nothing of use
-                stored = policy.observe_use(stored, self.store.used(layer.store), length[:, None, None])
-            score = jnp.where(active[:, None, None], stored, score)
+    def _after(
+        self, layer: LayerState, own: Own, before: Own, slot, found: Attended, used: Bool[Array, "B Hkv C"] | None, kv: KVState, active
+    ) -> LayerState:
+        """After a token went into `slot` and was attended from: the policy's state, a freed slot where a row is over its budget, and the
+        next slot."""
+        policy, position, length = self.policy, layer.position, kv.length + 1
+        rests, going = active[:, None], active[:, None, None]
+        if found.residuals is not None and policy.rule is not None and position is not None:
+            budget, recent = policy.kept_tokens(kv.prompt_length), tokens_of(policy.rule.recent, kv.prompt_length)
+            seen = Statistics(*found.residuals)
+            position, own, following = h2o_evict(position, own, seen, length, budget, recent, active)
+            layer = dataclasses.replace(layer, position=position, next_slot=jnp.where(rests, following, slot))
+            return layer.with_own(own, before)
+        if found.observed or used is not None:
+            mass = found.observed[0] if found.observed else None
+            after = policy.observe(own, Seen(mass, used, length[:, None, None]))
+            own = jax.tree.map(lambda new, old: new if new is old else jnp.where(_over(going, new), new, old), after, own)
+        layer = layer.with_own(own, before)
+        if position is None:
+            return layer
         following = slot + 1
         if policy.evicts_in_decode:
             held = position >= 0
-            over = held.sum(-1) > policy.kept_tokens(kv.prompt_length)[:, None]
-            priority = policy.priority(Slots(position, score, length[:, None, None], kv.prompt_length[:, None, None]))
-            victim = lowest(jnp.where(held, priority, jnp.inf), jnp.where(held, position, -1))
+            over = held.sum(-1) > self._may_hold(layer, kv)
+            ranked = policy.priority(Slots(position, own, length[:, None, None], kv.prompt_length[:, None, None]))
+            victim = lowest(jnp.where(held, ranked, jnp.inf), jnp.where(held, position, -1))
             following = jnp.where(over, victim, following)
-            freed = (jnp.arange(held.shape[-1]) == victim[..., None]) & over[..., None] & active[:, None, None]
+            freed = (jnp.arange(held.shape[-1]) == victim[..., None]) & over[..., None] & going
             position = jnp.where(freed, -1, position)
-        following = jnp.where(active[:, None], following, slot)
-        return dataclasses.replace(layer, position=position, score=score, next_slot=following)
+        return dataclasses.replace(layer, position=position, next_slot=jnp.where(rests, following, slot))
 
-    def _prefill_bounded(self, layer: LayerState, q, k, v, kv: KVState, valid, group_mass, guide):
-        """Attend to the kept slots and the chunk, then cut both together back to the budget."""
-        assert layer.position is not None
-        batch, size = valid.shape
-        position = kv.length[:, None] + jnp.arange(size, dtype=jnp.int32)
-        fresh = jnp.broadcast_to(jnp.where(valid, position, -1)[:, None], (batch, layer.position.shape[1], size))
-        where = jnp.concatenate([layer.position, fresh], axis=-1)
-        held_k, held_v = self.store.tokens(layer.store, kv.shared, batch)
-        keys, values = jnp.concatenate([held_k.astype(k.dtype), k], 1), jnp.concatenate([held_v.astype(v.dtype), v], 1)
+
+# ------------------------------------------------------------------------------------------------------------------------ a staged prompt
+
+
+def stage(store: Store, observes: Sequence[Observe], shape: CacheShape, prompt_lengths, max_prompt: int, fill: float = 0.0) -> KVState:
+    """An empty state in front of `store` that holds a whole prompt, and what attention shows by `observes`, for `commit` to compress."""
+    lengths = jnp.asarray(prompt_lengths, jnp.int32)
+    batch, slots = lengths.shape[0], store.staging.rounded(max_prompt)
+
+    def layer() -> LayerState:
+        observed = tuple(jnp.zeros((batch, shape.num_kv_heads, slots), jnp.float32) for _ in observes)
+        return LayerState(store.staging.init(shape, batch, slots, fill), observed=observed)
+
+    return KVState(tuple(layer() for _ in range(shape.num_layers)), jnp.zeros_like(lengths), lengths)
+
+
+def append(
+    store: Store, observes: Sequence[Observe], layer: LayerState, q: Float[Array, "B S H D"], k: Float[Array, "B S Hkv D"],
+    v: Float[Array, "B S Hkv D"], kv: KVState, valid: Bool[Array, "B S"], first: bool, context: int | None = None,
+) -> tuple[Float[Array, "B S H D"], LayerState, tuple[Float[Array, "B Hkv C"], ...]]:  # fmt: skip
+    """Puts a prompt, or the next chunk of it, behind what a layer holds in a store that keeps everything, and attends to it all.
+
+    Arguments as of Strategy.prefill. Returns what attention has shown of every slot by `observes`, too; `layer.observed` adds it up.
+    """
+    batch, size = valid.shape
+    slot = kv.length[:, None] + jnp.arange(size, dtype=jnp.int32)
+    capacity = layer.pool.capacity(kv.table)
+    if first:
         with jax.named_scope("attend"):
-            out, mass = chunk_attention(q, keys, values, position, where, valid, group_mass)
-        with jax.named_scope("evict"):
-            score = layer.score
-            if score is not None:
-                score = jnp.concatenate([score, self.policy.initial_score(k, v)], -1)
-                score = score if mass is None else self.policy.observe(score, mass)
-            return out, self._keep(layer, keys, values, score, where, kv.length + valid.sum(-1, dtype=jnp.int32), kv, guide, valid.any(-1))
-
-    def _keep_prompt(self, layer: LayerState, k, v, score, length, kv: KVState, guide=None) -> LayerState:
-        """Fills the layer from the first `length` tokens of (k, v), which stand in the order of their positions."""
-        index = jnp.arange(k.shape[1], dtype=jnp.int32)
-        valid = index < length[:, None]
-        if layer.position is None:  # nothing is ever dropped
-            return dataclasses.replace(layer, store=self.store.fill(layer.store, kv.shared, self._with_partial(layer, k, guide), v, valid))
-        position = jnp.broadcast_to(jnp.where(valid, index, -1)[:, None], (*layer.position.shape[:2], k.shape[1]))
-        return self._keep(layer, k, v, score, position, length, kv, guide)
-
-    def _keep(
-        self, layer: LayerState, k, v, score, position, length, kv: KVState, guide=None, rows: Bool[Array, " B"] | None = None
-    ) -> LayerState:
-        """Fills the slots of these rows (None: all) with the tokens the policy keeps, in the order of their positions."""
-        capacity = self.store.capacity(layer.store, kv.shared)
-        ranked = self.policy.priority(Slots(position, score, length[:, None, None], kv.prompt_length[:, None, None]))
-        index = highest(ranked, position, self.policy.kept_tokens(kv.prompt_length), capacity)
-        padded = jnp.pad(position, ((0, 0), (0, 0), (0, 1)), constant_values=-1)
-        kept = jnp.take_along_axis(padded, index, axis=-1)
-        if score is not None:
-            score = jnp.where(kept >= 0, jnp.take_along_axis(jnp.pad(score, ((0, 0), (0, 0), (0, 1))), index, axis=-1), 0)
-        next_slot = jnp.minimum((kept >= 0).sum(-1), capacity - 1).astype(jnp.int32)
-        keys = self._with_partial(layer, k, guide)
-        new = LayerState(self.store.fill_selected(layer.store, kv.shared, keys, v, index, rows), kept, score, next_slot)
-        if rows is None:
-            return new
-        stay = (layer.position, layer.score, layer.next_slot)
-        metadata = jax.tree.map(partial(select_rows, rows), (kept, score, next_slot), stay)
-        return LayerState(new.store, *metadata)
-
-    def _holding(self, layer: LayerState) -> Store:
-        """The store of a layer that keeps all it is given: a staged prompt's, or this strategy's own."""
-        return self.store if self.policy.kept_tokens(1) is None else self.staging
-
-    def _readable(self, kv: KVState) -> Callable[[Float[Array, "B Hkv G C"]], Bool[Array, "B Hkv 1 C"]] | None:
-        if type(self.policy).readable is Policy.readable:
-            return None
-
-        def readable(logits):
-            chosen = self.policy.readable(logits, kv.prompt_length)
-            return jnp.ones((1, 1, 1, logits.shape[-1]), bool) if chosen is None else chosen
-
-        return readable
-
-    def _scored(self, k, v, mass):
-        if not self.policy.keeps_score:
-            return None
-        score = self.policy.initial_score(k, v)
-        return score if mass is None else self.policy.observe(score, mass)
+            found = attention(q, tokens(k, v), Mask(counted=valid, last=kv.prompt_length - 1), observe=observes)
+        with jax.named_scope("write"):
+            pool = store.tier.filled(layer.pool, kv.table, k, v, valid)
+    else:
+        with jax.named_scope("write"):
+            pool = store.tier.put(layer.pool, kv.table, slot[..., None], k, v, valid[..., None])
+        with jax.named_scope("attend"):
+            most = min(context or capacity, capacity)
+            mask = Mask(slot, length=kv.length + valid.sum(-1), counted=valid, last=kv.prompt_length - 1)
+            found = attention(q, store.tier.keys(pool, kv.table, batch, most), mask, observe=observes)
+    masses = tuple(padded_to(x, capacity) for x in found.observed)
+    known = jnp.arange(capacity) < kv.length[:, None, None]  # what was observed of other tokens is that of a prompt before
+    before = (jnp.where(known, x, 0) for x in layer.observed)
+    observed = tuple(what.add(old, new) for what, old, new in zip(observes, before, masses, strict=True)) if layer.observed else ()
+    return found.out, dataclasses.replace(layer, pool=pool, observed=observed), masses
 
 
-def stage_for(strategies: Sequence[Strategy], shape: CacheShape, prompt_lengths, max_prompt: int) -> KVState:
-    """An empty state that holds a whole prompt for several strategies; a layer's `score` has an entry for each of them."""
-    kv = Strategy(Full(), strategies[0].store).stage(shape, prompt_lengths, max_prompt)
-    return kv.over(tuple(dataclasses.replace(layer, score=(None,) * len(strategies)) for layer in kv.layers))
+# ---------------------------------------------------------------------------------------------------------------------------------- slots
 
 
-def prefill_for(
-    strategies: Sequence[Strategy], layer: LayerState, q: Float[Array, "B S H D"], k: Float[Array, "B S Hkv D"],
-    v: Float[Array, "B S Hkv D"], kv: KVState, valid: Bool[Array, "B S"],
-) -> tuple[Float[Array, "B S H D"], LayerState]:  # fmt: skip
-    """Attends to a prompt once and stages it, with the statistics that each of `strategies` chooses by."""
-    first = strategies[0]
-    by_strategy = [s._group_mass() if s.policy.keeps_score else None for s in strategies]
-    rules = tuple(dict.fromkeys(rule for rule in by_strategy if rule is not None))
-    with jax.named_scope("attend"):
-        out, masses = first._attend_prompt(q, k, v, valid, rules)
-    with jax.named_scope("write"):
-        store = first.staging.fill(layer.store, kv.shared, k, v, valid)
-        spare = first.staging.capacity(store, kv.shared) - k.shape[1]
-        mass = {None: None} | dict(zip(rules, masses, strict=True))
-        scores = [s._scored(k, v, mass[rule]) for s, rule in zip(strategies, by_strategy, strict=True)]
-        scores = [None if score is None else jnp.pad(score, ((0, 0), (0, 0), (0, spare))) for score in scores]
-    return out, dataclasses.replace(layer, store=store, score=tuple(scores))
+def positions(layer: LayerState, kv: KVState, more: int = 0) -> Int[Array, "B h C"]:
+    """True position of the token in each slot, -1 where there is none; `more`: with so many tokens behind `kv.length`."""
+    if layer.position is not None:
+        return layer.position
+    slots = jnp.arange(layer.pool.capacity(kv.table), dtype=jnp.int32)
+    return jnp.where(slots < (kv.length + more)[:, None, None], slots, -1)
 
 
-def highest(priority: Float[Array, "B h K"], position: Int[Array, "B h K"], budget: Int[Array, " B"], capacity: int) -> Int[Array, "B h C"]:
-    """Indices of each row's `budget` tokens of highest priority, in the order of their positions; K where a slot stays empty.
+def marked(slot: Int[Array, "B Hkv K"], capacity: int) -> Bool[Array, "B Hkv C"]:
+    """True in these slots; a slot that does not exist marks nothing."""
+    batch, heads, _ = slot.shape
+    row, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
+    return jnp.zeros((batch, heads, capacity), bool).at[row, head, slot].set(True, mode="drop")
+
+
+def _joined(ahead: Ahead, slot: Int[Array, "B h"], k: Float[Array, "B 1 Hkv D"], v: Float[Array, "B 1 Hkv D"], capacity: int) -> Ahead:
+    """What was fetched, and the step's own token behind it: in `slot`, which may be fetched too if it was freed."""
+    own = jnp.broadcast_to(slot, ahead.slot.shape[:2])
+    places = jnp.where(ahead.slot == own[..., None], capacity, ahead.slot).at[..., -1].set(own)
+
+    def put(staged: Array | None, new: Float[Array, "B 1 Hkv D"]) -> Array:
+        assert staged is not None
+        return staged.at[:, :, -1].set(new[:, 0].astype(staged.dtype))
+
+    return dataclasses.replace(ahead, slot=places, k=put(ahead.k, k), v=put(ahead.v, v))
+
+
+def like(own: Own, fresh: Own) -> Own:
+    """What a policy says of new tokens without the parts that a layer keeps none of (None)."""
+    return jax.tree.map(lambda old, new: None if old is None else new, own, fresh, is_leaf=lambda x: x is None)
+
+
+def highest(
+    priority: Float[Array, "B h K"], position: Int[Array, "B h K"], budget: Int[Array, "B h"], capacity: int
+) -> Int[Array, "B h C"]:
+    """Indices of each kv head's `budget` tokens of highest priority, in the order of their positions; K where a slot stays empty.
 
     Empty candidates (position -1) are never chosen; between equal priorities the lower position wins.
     """
@@ -487,7 +604,7 @@ def highest(priority: Float[Array, "B h K"], position: Int[Array, "B h K"], budg
     empty = position < 0
     *_, where, order = jax.lax.sort((empty, -priority.astype(jnp.float32), position, index), num_keys=3)
     rank = jnp.arange(min(capacity, size))
-    chosen = (where >= 0)[..., : len(rank)] & (rank < budget[:, None, None])
+    chosen = (where >= 0)[..., : len(rank)] & (rank < budget[..., None])
     order = jnp.where(chosen, order[..., : len(rank)], size)
     by_position = jnp.where(chosen, where[..., : len(rank)], jnp.iinfo(jnp.int32).max)
     _, order = jax.lax.sort((by_position, order), num_keys=1)
@@ -507,25 +624,17 @@ def lowest(priority: Float[Array, "B h C"], position: Int[Array, "B h C"]) -> In
     return jax.lax.reduce(operands, start, worse, (2,))[2]
 
 
-def check_capacity(strategy: Strategy, kv: KVState, steps: int) -> None:
-    """Raises InputError when `steps` more tokens would not fit (a policy that evicts always has room). Reads the lengths: not for jit."""
-    layer = kv.layers[0]
-    if layer.next_slot is not None and strategy.policy.evicts_in_decode:
-        return
-    capacity = strategy.store.capacity(layer.store, kv.shared)
-    used = kv.length if layer.next_slot is None else layer.next_slot.max(-1)
-    if int(used.max()) + steps > capacity:
-        raise InputError(f"{steps} more tokens do not fit: {int(used.max())} of {capacity} slots are used; start with a larger max_new")
+def padded_to(x: Float[Array, "... K"], capacity: int) -> Float[Array, "... C"]:
+    """With zeros behind."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, capacity - x.shape[-1])])
 
 
-def _padded(score, like):
-    return None if like is None else jnp.pad(score, ((0, 0), (0, 0), (0, like.shape[-1] - score.shape[-1])))
+def _taken(x: Array, index: Int[Array, "B h C"]) -> Array:
+    """Slots of a policy's array [B, h, ..., S] by their index, zeros where it is S or more."""
+    between = (1,) * (x.ndim - 3)
+    index = index.reshape(*index.shape[:2], *between, index.shape[-1])
+    return jnp.take_along_axis(x, index, axis=-1, mode="fill", fill_value=0)
 
 
-def _scatter(score, start, new, valid):
-    """`score` with `new[..., s]` at `start + s` where valid."""
-    batch, heads, capacity = score.shape
-    slot = start[:, None] + jnp.arange(valid.shape[1])
-    slot = jnp.where(valid, slot, capacity + slot)[:, None]
-    rows, columns = jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
-    return score.at[rows, columns, slot].set(new, mode="drop", unique_indices=True)
+def _over(rows: Bool[Array, "B 1 1"], x: Array) -> Bool[Array, "B ..."]:
+    return rows.reshape(-1, *[1] * (x.ndim - 1))

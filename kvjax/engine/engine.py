@@ -25,10 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import checks
-from kvjax.cache import HostStore, Strategy
-from kvjax.cache.stores import KernelStore
-from kvjax.cache.stores.paged import extent_sizes
-from kvjax.cache.strategy import NO_GUIDE
+from kvjax.cache import Strategy, stage
+from kvjax.cache.policies.base import NO_GUIDE
+from kvjax.cache.pool import extent_sizes
 from kvjax.engine import programs
 from kvjax.engine.blocks import BlockManager
 from kvjax.engine.memory import Budget, machine_memory, parse_memory, serving_strategy, spend, staged_slots
@@ -148,9 +147,10 @@ class Engine:
             raise SpecError("prefix caching shares pages; choose the paged store (vllm, or --store=paged)")
         need = Need(serving, longest, contiguous)
         shape = cache_shape(model)
-        if host_memory is not None and not isinstance(serving.store, HostStore):
+        tier = serving.store.tier
+        if host_memory is not None and not tier.fetches:
             raise SpecError(f"host_memory is for the host store; {self.strategy.describe()} has none")
-        if serving.policy.speculates and "guide" not in model.params:
+        if serving.policy.guesses and "guide" not in model.params:
             raise SpecError(f"{self.strategy.describe()} {NO_GUIDE}")
         host = None if host_memory is None else parse_memory(host_memory)
         self.budget: Budget = spend(need, shape, parse_memory(kv_memory), max_num_seqs, host)
@@ -167,11 +167,10 @@ class Engine:
             watermark=watermark if need.grows else 0.0,
         )
         self.scheduler = Scheduler(need, self.limits, blocks)
-        contained = programs.Contained(serving.policy, serving.store)
-        self.programs = programs.Programs(model.decoder, contained, self.budget.num_pages)
+        self.programs = programs.Programs(model.decoder, serving, self.budget.num_pages)
         self._device = model.placement  # as results have it: another would compile anew
         layers = programs.allocate(serving, shape, self.budget.num_pages, self.budget.rows, need.capacity)
-        staging: Any = serving.stage(shape, [0], staged_slots(longest)).layers if need.stages else None
+        staging: Any = stage(serving.store, serving.observes, shape, [0], staged_slots(longest)).layers if need.stages else None
         layers, self._staging, self._tokens = placed(model, (layers, staging, jnp.zeros(self.budget.rows, jnp.int32)))
         self._layers: programs.Layers = layers
         self._sampling = SamplingArrays.of([Sampling()] * self.budget.rows, np.zeros(self.budget.rows, np.int32))
@@ -181,8 +180,8 @@ class Engine:
         self._outputs: list[Output] = []
         self._streams: dict[str, collections.deque[Output]] = {}
         self._sequences: dict[str, list[Sequence]] = {}
-        self._copies = 1 if isinstance(serving.store, HostStore) else COPIES
-        self._bounds_context = need.stages or isinstance(serving.store, HostStore | KernelStore)
+        self._copies = 1 if tier.fetches else COPIES
+        self._bounds_context = need.stages or tier.fetches or serving.store.platform != "cpu"
         self._count = 0
         self.steps = 0
 
@@ -257,7 +256,7 @@ class Engine:
         `swap` the host pool keeps its tokens, what the device held besides is copied to the host, and it goes on where it was (a request
         whose prompt is not in yet is computed again all the same). Raises SpecError for `swap` without a host store.
         """
-        if swap and not isinstance(self.strategy.store, HostStore):
+        if swap and not self.strategy.store.tier.fetches:
             raise SpecError(f"preemption by swap needs a pool in host memory; {self.strategy.describe()} has none")
         self._drain()
         for sequence in self._sequences.get(request, []):
@@ -266,7 +265,7 @@ class Engine:
             swaps = swap and sequence.status is Status.RUNNING and not sequence.replay
             if swaps:
                 row = np.asarray([sequence.row], np.int32)
-                self._swapped[sequence.id] = jax.device_get(programs.swap_out(self.programs, self._layers, row))
+                self._swapped[sequence.id] = jax.device_get(programs.swap_out(self._layers, row))
             self.scheduler.preempt(sequence, swaps)
 
     def step(self) -> list[Output]:
@@ -288,7 +287,7 @@ class Engine:
         for sequence in turn.resumed:
             saved = jax.device_put(self._swapped.pop(sequence.id), self._device)
             self._seat(sequence)
-            self._layers = programs.swap_in(self.programs, self._layers, saved, np.asarray([sequence.row], np.int32))
+            self._layers = programs.swap_in(self._layers, saved, np.asarray([sequence.row], np.int32))
         if turn.decode:
             self._decode(turn.decode)
         for chunk in turn.chunks:
@@ -349,16 +348,16 @@ class Engine:
                 progress(f"prefill, {size} tokens" + (f" of {context}" if context else ""))
                 calls += 1
         for context in self._contexts(longest) if self._staging else ():
-            self._settle(nobody, context)
+            self._commit_prompt(nobody, context)
             calls += 1
         for draws in (None, SamplingArrays.of([Sampling()], np.zeros(1, np.int32))) if samples else (None,):
             self._tokens, _ = programs.begin(self._tokens, logits, nobody, draws)
             calls += 1
         self._copy_pages([])
-        if isinstance(self.strategy.store, HostStore):
+        if self.strategy.store.tier.fetches:
             row = np.asarray([self.limits.max_num_seqs], np.int32)
-            saved = jax.device_put(jax.device_get(programs.swap_out(self.programs, self._layers, row)), self._device)
-            self._layers = programs.swap_in(self.programs, self._layers, saved, row)
+            saved = jax.device_put(jax.device_get(programs.swap_out(self._layers, row)), self._device)
+            self._layers = programs.swap_in(self._layers, saved, row)
             calls += 2
         jax.block_until_ready((self._layers, self._tokens))
         return calls + 1
@@ -382,9 +381,8 @@ class Engine:
 
     def traffic(self) -> np.ndarray:
         """What a host store has moved so far, per layer: tokens, rows held, wanted, moved [L, 4]; empty without one."""
-        if not isinstance(self.strategy.store, HostStore):
-            return np.zeros((0, 4))
-        return np.stack([np.asarray(layer.store.traffic) for layer in self._layers]).astype(np.float64)
+        moved = [np.asarray(layer.traffic) for layer in self._layers if layer.traffic is not None]
+        return np.stack(moved).astype(np.float64) if moved else np.zeros((0, 4))
 
     def _check_fits(self, sequence: Sequence) -> None:
         limit = self.limits.max_model_len
@@ -432,7 +430,7 @@ class Engine:
         packed = packed.copy()  # the device may still be reading the old one
         packed[0, 1] = chunk.end
         if self._staging is not None:
-            self._settle(packed, context)
+            self._commit_prompt(packed, context)
         self.scheduler.prefilled(sequence)
         self._begin(sequence, logits, packed)
         if sequence.samples > 1:
@@ -449,8 +447,8 @@ class Engine:
             self._staging, logits = programs.stage(self.programs, context, self.model.params, self._staging, packed, tokens, valid)
         return logits
 
-    def _settle(self, packed: np.ndarray, context: int) -> None:
-        self._layers = programs.settle(self.programs, context, self.model.params, self._layers, self._staging, packed)
+    def _commit_prompt(self, packed: np.ndarray, context: int) -> None:
+        self._layers = programs.commit(self.programs, context, self.model.params, self._layers, self._staging, packed)
 
     def _begin(self, sequence: Sequence, logits, packed: np.ndarray) -> None:
         """The first token after a prefill, unless it is known and about to be fed again."""

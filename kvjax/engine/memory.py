@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import checks
-from kvjax.cache import CacheShape, DenseStore, HostStore, PagedStore, Strategy
-from kvjax.cache.stores import KernelPagedStore, KernelStore, stored_dim
+from kvjax.cache import CacheShape, Strategy, stage
+from kvjax.cache.ledger import nbytes
+from kvjax.engine.programs import allocate
 from kvjax.engine.scheduler import Need
 from kvjax.errors import MemoryLimitError, SpecError
 
@@ -28,8 +29,8 @@ class Budget:
 
     Attributes:
       page: one page, all layers; 0 where pages are seats in host memory.
-      row: what a row has on the device besides, all layers: metadata (positions, scores, next slots), partial keys, and in front of a host
-        store the staging blocks of two layers.
+      row: what a row has on the device besides, all layers: positions, next slots, the policy's state, and in front of a pool in host
+        memory the staging blocks of two layers.
       staging: where a prompt stands that is compressed once it is complete; 0 for policies that keep everything.
       seat: one seat of the host pool, all layers, in host memory; 0 without one.
     """
@@ -75,23 +76,20 @@ def machine_memory() -> float:
 
 
 def serving_strategy(strategy: Strategy, max_model_len: int, extents: int) -> tuple[Strategy, bool]:
-    """The strategy over the pool of an engine, and whether requests are contiguous.
+    """The strategy over the pool of an engine, and whether requests are contiguous: one page, reserved whole, for each.
 
-    A dense store becomes a pool whose pages are as long as the longest request: one page, reserved whole, for each.
+    A dense store becomes a pool whose pages are as long as the longest request.
     """
-    if isinstance(strategy.store, HostStore):
-        if strategy.store.transfer == "driven":
-            raise SpecError("the host drives the layers of a whole batch (--transfer=driven) offline only; under load use jit or device")
+    store = strategy.store
+    if store.tier.driven:
+        raise SpecError("the host drives the layers of a whole batch (--transfer=driven) offline only; under load use jit or device")
+    if store.tier.fetches:
         return strategy, True
-    kernels = isinstance(strategy.store, KernelStore)
-    if isinstance(strategy.store, PagedStore):
-        return Strategy(strategy.policy, dataclasses.replace(strategy.store, extents=1 if kernels else extents)), False
-    if not isinstance(strategy.store, DenseStore):
-        raise SpecError(f"{strategy.describe()}: the engine serves the dense, the paged and the host store")
-    capacity = Need(Strategy(strategy.policy, PagedStore(1)), max_model_len, True).capacity
-    if isinstance(strategy.store, KernelStore):
-        return Strategy(strategy.policy, KernelPagedStore(strategy.store.rounded(capacity), platform=strategy.store.platform)), True
-    return Strategy(strategy.policy, PagedStore(capacity, extents)), True
+    contiguous, extents = store.page_size is None, extents if store.platform == "cpu" else 1
+    longest = store.rounded(Need(strategy, max_model_len, True).capacity)
+    return Strategy(
+        strategy.policy, dataclasses.replace(store, page_size=longest if contiguous else store.page_size, extents=extents)
+    ), contiguous
 
 
 def staged_slots(max_model_len: int) -> int:
@@ -103,50 +101,13 @@ def spend(need: Need, shape: CacheShape, memory: int, max_num_seqs: int, host_me
     """Rows and pages for `memory` bytes. Raises MemoryLimitError when not even one request of the greatest length fits.
 
     Args:
-      host_memory: bytes for the pool of a host store; None: twice the seats that there are rows.
+      host_memory: bytes for a pool in host memory; None: twice the pages that there are rows.
     """
-    policy, store = need.strategy.policy, need.strategy.store
-    item = jnp.dtype(shape.dtype).itemsize
-    slot = 2 * shape.num_layers * shape.num_kv_heads * stored_dim(store, shape.head_dim) * item
-    if isinstance(store, HostStore):
-        return _spend_on_host_rows(need, shape, memory, max_num_seqs, host_memory)
-    assert isinstance(store, PagedStore)
-    page = slot * store.page_size
-    heads = shape.num_kv_heads if policy.per_head else 1
-    widest = need.pages(need.capacity)
-    row = staging = 0
-    if need.stages:
-        per_slot = 4 + (4 if policy.keeps_score else 0)
-        row = shape.num_layers * heads * (store.rounded(need.capacity) * per_slot + 4)
-        staging = staged_slots(need.max_model_len) * (slot + shape.num_layers * shape.num_kv_heads * 4 * policy.keeps_score)
-    least = staging + row + widest * page
-    if memory < least:
-        raise MemoryLimitError(
-            f"kv_memory of {memory} bytes is too small for {need.strategy.policy.describe()}: one request of "
-            f"max_model_len={need.max_model_len} takes {least} bytes ({widest} pages of {page}, {row} of metadata, {staging} to stage "
-            "prompts); give more memory or a smaller max_model_len"
-        )
-    rest = memory - staging  # with r rows it has to hold r * row, and r or `widest` pages
-    rows = min(max_num_seqs, rest // (row + page))
-    rows = max(1, min(rows, (rest - widest * page) // row) if row else rows)
-    return Budget((memory - staging - rows * row) // page, rows, page, row, staging)
-
-
-def _spend_on_host_rows(need: Need, shape: CacheShape, memory: int, max_num_seqs: int, host_memory: int | None) -> Budget:
-    """`spend` for a host store: rows by what they have on the device, seats by host memory."""
-    policy, store = need.strategy.policy, need.strategy.store
-    assert isinstance(store, HostStore)
-    item, slots = jnp.dtype(shape.dtype).itemsize, store.rounded(need.capacity)
-    seat = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * item * slots
-    partial = policy.partial_columns(shape.head_dim) if policy.speculates else 0
-    row = max(shape.num_layers - policy.full_layers, 0) * shape.num_kv_heads * partial * slots * item
-    row += 2 * 2 * shape.num_kv_heads * shape.head_dim * store.staged_places(slots) * item  # keys and values of two layers, staged
-    staging = 0
-    if need.stages:
-        row += shape.num_layers * shape.num_kv_heads * (slots * (4 + 4 * policy.keeps_score) + 4)
-        staging = staged_slots(need.max_model_len) * (seat // slots + shape.num_layers * shape.num_kv_heads * 4 * policy.keeps_score)
-    if store.transfer == "device":  # its pool is device memory too
-        row, seat = row + seat, 0
+    tier = need.strategy.store.tier
+    page, row, staging = _sizes(need, shape)
+    if not tier.fetches:
+        return _spend_on_pages(need, memory, max_num_seqs, page, row, staging)
+    seat, row = (page, row) if tier.in_host else (0, row + page)
     rows = min(max_num_seqs, (memory - staging) // row)
     if rows < 1:
         raise MemoryLimitError(
@@ -159,3 +120,35 @@ def _spend_on_host_rows(need: Need, shape: CacheShape, memory: int, max_num_seqs
             f"host_memory of {host_memory} bytes is too small: one request of max_model_len={need.max_model_len} takes {seat}"
         )
     return Budget(seats, min(rows, seats), 0, row, staging, seat)
+
+
+def _sizes(need: Need, shape: CacheShape) -> tuple[int, int, int]:
+    """Bytes of a page, of a row beside its pages, and for staging prompts: those of the arrays that an engine allocates."""
+    strategy, capacity = need.strategy, need.capacity
+
+    def allocated(pages: int, rows: int) -> int:
+        return nbytes(jax.eval_shape(lambda: allocate(strategy, shape, pages, rows, capacity)))
+
+    page, row = allocated(2, 1) - allocated(1, 1), allocated(1, 2) - allocated(1, 1)
+    token = 2 * shape.head_dim * jnp.dtype(shape.dtype).itemsize
+    row += strategy.store.tier.staging_bytes(token, shape.num_kv_heads, strategy.store.page(capacity))
+    if not need.stages:
+        return page, row, 0
+    kv = jax.eval_shape(lambda: stage(strategy.store, strategy.observes, shape, [0], staged_slots(need.max_model_len)))
+    return page, row, nbytes(kv.layers)
+
+
+def _spend_on_pages(need: Need, memory: int, max_num_seqs: int, page: int, row: int, staging: int) -> Budget:
+    """`spend` where pages are device memory: each row needs one at least, and one request must have room to grow to the greatest length."""
+    widest = need.pages(need.capacity)
+    least = staging + row + widest * page
+    if memory < least:
+        raise MemoryLimitError(
+            f"kv_memory of {memory} bytes is too small for {need.strategy.policy.describe()}: one request of "
+            f"max_model_len={need.max_model_len} takes {least} bytes ({widest} pages of {page}, {row} of metadata, {staging} to stage "
+            "prompts); give more memory or a smaller max_model_len"
+        )
+    rest = memory - staging  # with r rows it has to hold r * row, and r or `widest` pages
+    rows = min(max_num_seqs, rest // (row + page))
+    rows = max(1, min(rows, (rest - widest * page) // row) if row else rows)
+    return Budget((memory - staging - rows * row) // page, rows, page, row, staging)

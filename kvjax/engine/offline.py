@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from kvjax.cache import Full, HostStore, KVState, Ledger, Strategy, ledger
+from kvjax.cache import Full, KVState, Ledger, Strategy, ledger
 from kvjax.cache.identity import Identity
 from kvjax.engine.metrics import Timeline, summarise
 from kvjax.errors import NotFiniteError
@@ -27,7 +27,6 @@ from kvjax.generation import (
     stream,
     warm_up,
 )  # fmt: skip
-from kvjax.host_driven import is_driven
 from kvjax.models import Model
 from kvjax.models.tokenizer import ByteTokenizer
 from kvjax.quality import fidelity, recall
@@ -199,7 +198,7 @@ def judge(
             else:
                 first, kv = staged.logits, commit(model, staged, strategy, new)
             following = targets[:, :-1]
-            if index >= 0 and audits and where.start == 0 and strategy.policy.speculates:
+            if index >= 0 and audits and where.start == 0 and strategy.policy.guesses:
                 after, _, measures = audited_feed(model, strategy, kv, following)
                 guesses[index] = speculation_of(measures)
             else:
@@ -228,8 +227,7 @@ def _finite(model: Model, strategy: Strategy, logits: jax.Array) -> jax.Array:
 
 def _on_device(strategy: Strategy) -> Strategy:
     """The strategy with a host store's pool in device memory, where what it reads is the same: an audit needs all keys there."""
-    store = strategy.store
-    return Strategy(strategy.policy, dataclasses.replace(store, transfer="device")) if isinstance(store, HostStore) else strategy
+    return Strategy(strategy.policy, strategy.store.on_device())
 
 
 def _quality(
@@ -289,7 +287,9 @@ def measure(
         samples += np.concatenate(parts, axis=1)[:real].tolist()
         progress("generated")
     transient = None
-    if weighs and output_len > 1 and not is_driven(strategy):  # the scratch of a step, where it is not the host that drives the layers
+    if (
+        weighs and output_len > 1 and not strategy.store.tier.driven
+    ):  # the scratch of a step, where it is not the host that drives the layers
         transient = _scratch(model, strategy, sampling, emitted.state)
     return Measurement(
         strategy.identity(),

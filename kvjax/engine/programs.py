@@ -2,10 +2,10 @@
 
 Dims: R rows of bookkeeping (max_num_seqs), B rows of a call, T pages of a row at most, S tokens of a chunk.
 
-A request has a row, in which its last token and its policy's metadata stand, and pages, in which its keys and values stand (in the host
-store one page, its seat in the pool). Every call
-names the rows it is about and brings their lengths and block tables along, packed into one small array from the host; the arrays of the
-cache are donated and stay where they are. Rows beyond the last one mean "nobody": their writes are dropped.
+A request has a row, in which its last token and the books of its policy stand, and pages, in which its keys and values stand (in host
+memory one page, its seat in the pool). Every call names the rows it is about and brings their lengths and block tables along, packed into
+one small array from the host; the arrays of the cache are donated and stay where they are. Rows beyond the last one mean "nobody": their
+writes are dropped.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import CacheShape, Decode, HostStore, KVState, LayerState, PagedStore, PageTable, Prefill, Strategy
-from kvjax.cache.stores import Seats, page_table
+from kvjax.cache import CacheShape, Decode, KVState, LayerState, Prefill, Stage, Strategy
+from kvjax.cache.pool import PageTable, page_table
 from kvjax.models import Decoder
 from kvjax.models.guide import Guide, guides
 from kvjax.runtime.forward import forward
@@ -40,44 +40,15 @@ class Programs:
     num_pages: int
 
 
-class Contained(Strategy):
-    """A strategy that never stores a value that is not finite, so that nothing of a request that went wrong stays where it has been.
-
-    Attention takes other requests' leftovers in, at a weight of zero, which removes everything but infinity and NaN. Keys are masked
-    instead and may be anything: a token whose value is not finite gets a key of NaN, and who does attend to it is told.
-    """
-
-    def prefill(self, layer: LayerState, q, k, v, *rest):
-        return super().prefill(layer, q, *_contained(k, v), *rest)
-
-    def decode(self, layer: LayerState, q, k, v, *rest):
-        return super().decode(layer, q, *_contained(k, v), *rest)
-
-
-def _contained(k, v):
-    finite = jnp.isfinite(v).all(-1, keepdims=True)
-    return jnp.where(finite, k, jnp.nan), jnp.where(finite, v, 0)
-
-
 def allocate(strategy: Strategy, shape: CacheShape, num_pages: int, rows: int, capacity: int) -> Layers:
-    """The cache of an engine: a pool of pages per layer, metadata for `rows` rows of `capacity` slots."""
-    store = strategy.store
-
-    def layer(index: int) -> LayerState:
-        if isinstance(store, HostStore):
-            pool = strategy.with_partial(store.init(shape, num_pages, capacity), index, rows)
-        else:
-            assert isinstance(store, PagedStore)
-            pool = store.pool(shape, num_pages)
-        return strategy.with_metadata(pool, shape, rows, capacity)
-
-    return tuple(layer(index) for index in range(shape.num_layers))
+    """The cache of an engine: a pool of pages per layer, and the books of `rows` rows of `capacity` slots."""
+    store, nothing = strategy.store, jnp.zeros(rows, jnp.int32)
+    pools = (store.pool(shape, num_pages, store.page(capacity)) for _ in range(shape.num_layers))
+    return tuple(strategy.layer(pool, shape, index, nothing, capacity) for index, pool in enumerate(pools))
 
 
-def _shared(programs: Programs, packed: Int[Array, "B HEADER+T"]) -> Seats | PageTable:
+def _table(programs: Programs, packed: Int[Array, "B HEADER+T"]) -> PageTable:
     """Where the rows of a call find their tokens."""
-    if isinstance(programs.strategy.store, HostStore):
-        return Seats(packed[:, HEADER], packed[:, 0])
     return page_table(packed[:, HEADER:], programs.num_pages)
 
 
@@ -114,8 +85,8 @@ def _before_decode(programs: Programs, tokens: Int[Array, " R"], packed: Int[Arr
     """The state of a call's rows without its layers, their last tokens [B, 1], and the step."""
     row, length, prompt_length, forced = packed[:, :HEADER].T
     last = jnp.where(forced >= 0, forced, tokens.at[row].get(mode="clip"))
-    frame = KVState((), length, prompt_length, _shared(programs, packed), row)
-    return frame, last[:, None], Decode(row < tokens.shape[0], programs.strategy)
+    frame = KVState((), length, prompt_length, _table(programs, packed), row)
+    return frame, last[:, None], Decode(row < tokens.shape[0], programs.strategy, shared=True)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -136,7 +107,7 @@ def prefill(
 
     `context`: no more tokens are there after the chunk (static; None: no bound).
     """
-    return _chunk(programs, context, True, params, layers, packed, chunk, num_valid)
+    return _chunk(programs, context, False, params, layers, packed, chunk, num_valid)
 
 
 def stage(
@@ -147,48 +118,53 @@ def stage(
 
     `context`: no more tokens are staged after the chunk (static).
     """
-    return _chunk(programs, context, False, params, staging, packed, chunk, num_valid)
+    return _chunk(programs, context, True, params, staging, packed, chunk, num_valid)
 
 
-def _chunk(programs: Programs, context: int | None, shares: bool, params, layers: Layers, packed, chunk, num_valid):
+def _chunk(programs: Programs, context: int | None, stages: bool, params, layers: Layers, packed, chunk, num_valid):
     if programs.decoder.stringing == "unroll":
-        return _unrolled_chunk(programs, context, shares, params, layers, packed, chunk, num_valid)
-    frame, step = _before_chunk(programs, context, shares, packed, num_valid)
+        return _unrolled_chunk(programs, context, stages, params, layers, packed, chunk, num_valid)
+    frame, step = _before_chunk(programs, context, stages, packed, num_valid)
     logits, kv = forward(programs.decoder, params, chunk, frame.over(layers), step)
     return kv.layers, logits[:, 0]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _unrolled_chunk(programs: Programs, context: int | None, shares: bool, params, layers: Layers, packed, chunk, num_valid):
-    frame, step = _before_chunk(programs, context, shares, packed, num_valid)
+def _unrolled_chunk(programs: Programs, context: int | None, stages: bool, params, layers: Layers, packed, chunk, num_valid):
+    frame, step = _before_chunk(programs, context, stages, packed, num_valid)
     logits, kv = forward(programs.decoder, params, chunk, frame.over(layers), step)
     return kv.layers, logits[:, 0]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _before_chunk(
-    programs: Programs, context: int | None, shares: bool, packed: Int[Array, "1 HEADER+T"], num_valid: Int[Array, " 1"]
-) -> tuple[KVState, Prefill]:
-    _, length, prompt_length, *_ = packed[:, :HEADER].T
-    frame = KVState((), length, prompt_length, _shared(programs, packed) if shares else None)
-    return frame, Prefill(num_valid, programs.strategy, first=False, context=context)
-
-
-def settle(programs: Programs, context: int, params, layers: Layers, staging: Layers, packed: Int[Ints, "1 HEADER+T"]) -> Layers:
-    """Compresses the staged prompt into its pages; `packed` has its full length."""
-    guide = guides(params, len(layers)) or (None,) * len(layers)
-    return tuple(settle_layer(programs, context, *parts, packed) for parts in zip(layers, staging, guide, strict=True))
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def settle_layer(
-    programs: Programs, context: int, layer: LayerState, staged: LayerState, guide: Guide | None, packed: Int[Array, "1 HEADER+T"]
-) -> LayerState:
-    """`settle` of one layer."""
+    programs: Programs, context: int | None, stages: bool, packed: Int[Array, "1 HEADER+T"], num_valid: Int[Array, " 1"]
+) -> tuple[KVState, Prefill | Stage]:
     row, length, prompt_length, *_ = packed[:, :HEADER].T
-    empty = KVState((layer,), jnp.zeros_like(length), prompt_length, _shared(programs, packed), row)
-    source = _head(programs.strategy, staged, context)
-    return empty.with_layer(0, programs.strategy.settle_layer(source, empty.layer(0), length, empty, guide)).layers[0]
+    how: Any = dict(first=False, context=context, shared=True)
+    if stages:
+        store, observes = programs.strategy.store.staging, programs.strategy.observes
+        return KVState((), length, prompt_length), Stage(num_valid, store, observes, **how)
+    return KVState((), length, prompt_length, _table(programs, packed), row), Prefill(num_valid, programs.strategy, **how)
+
+
+def commit(programs: Programs, context: int, params, layers: Layers, staging: Layers, packed: Int[Ints, "1 HEADER+T"]) -> Layers:
+    """Compresses the staged prompt into its pages; `packed` has its full length. `context`: no more tokens are staged (static)."""
+    guide = guides(params, len(layers)) or (None,) * len(layers)
+    parts = zip(layers, staging, guide, strict=True)
+    return tuple(commit_layer(programs, context, len(layers), *one, packed, np.int32(i)) for i, one in enumerate(parts))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def commit_layer(
+    programs: Programs, context: int, num_layers: int, layer: LayerState, staged: LayerState, guide: Guide | None,
+    packed: Int[Array, "1 HEADER+T"], index: Int[Array, ""],
+) -> LayerState:  # fmt: skip
+    """`commit` of one layer."""
+    row, length, prompt_length, *_ = packed[:, :HEADER].T
+    empty = KVState((layer,), jnp.zeros_like(length), prompt_length, _table(programs, packed), row)
+    target = empty.layer(0)
+    return layer.put(programs.strategy.commit(staged, target, length, empty, guide, context, index, num_layers))
 
 
 def begin(
@@ -200,42 +176,23 @@ def begin(
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def copy(programs: Programs, layers: Layers, pages: Int[Array, "2 W"], rows: Int[Array, " 2"]) -> Layers:
-    """Copies pages (from, to), and a row's metadata (from, to); ids beyond the pool or the rows copy nothing."""
-    store = programs.strategy.store
+    """Copies pages (from, to), and a row's books (from, to); ids beyond the pool or the rows copy nothing."""
+    tier = programs.strategy.store.tier
 
     def one(layer: LayerState) -> LayerState:
-        new: Any
-        if isinstance(store, HostStore):
-            new = store.copy_seats(layer.store, pages[0], pages[1], rows)
-        else:
-            assert isinstance(store, PagedStore)
-            new = store.copy_pages(layer.store, pages[0], pages[1])
-        return layer.put(dataclasses.replace(layer.take(rows[:1]), store=new), rows[1:])
+        copied = dataclasses.replace(layer, pool=tier.copied(layer.pool, pages[0], pages[1]))
+        return copied.restore(layer.save(rows[:1]), rows[1:])
 
     return tuple(one(layer) for layer in layers)
 
 
-@partial(jax.jit, static_argnums=0)
-def swap_out(programs: Programs, layers: Layers, row: Int[Array, " 1"]) -> Layers:
-    """What the device holds of a row, without its seat in the host pool: partial keys (as the `store`) and metadata."""
-    store = programs.strategy.store
-    assert isinstance(store, HostStore)
-    return tuple(dataclasses.replace(layer.take(row), store=store.take_row(layer.store, row[0])) for layer in layers)
+@jax.jit
+def swap_out(layers: Layers, row: Int[Array, " 1"]) -> Layers:
+    """What the device holds of a row beside the pool, which is host memory."""
+    return tuple(layer.save(row) for layer in layers)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def swap_in(programs: Programs, layers: Layers, saved: Layers, row: Int[Array, " 1"]) -> Layers:
+@partial(jax.jit, donate_argnums=0)
+def swap_in(layers: Layers, saved: Layers, row: Int[Array, " 1"]) -> Layers:
     """Puts what `swap_out` gave into a row."""
-    store = programs.strategy.store
-    assert isinstance(store, HostStore)
-
-    def one(layer: LayerState, old: LayerState) -> LayerState:
-        new = store.put_row(layer.store, row[0], old.store)
-        return layer.put(dataclasses.replace(old, store=new), row)
-
-    return tuple(one(layer, old) for layer, old in zip(layers, saved, strict=True))
-
-
-def _head(strategy: Strategy, layer: LayerState, slots: int) -> LayerState:
-    """The first slots of a staged layer."""
-    return LayerState(strategy.staging.head(layer.store, slots), score=None if layer.score is None else layer.score[..., :slots])
+    return tuple(layer.restore(old, row) for layer, old in zip(layers, saved, strict=True))

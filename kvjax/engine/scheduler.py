@@ -15,7 +15,7 @@ import heapq
 import numpy as np
 from jaxtyping import Int
 
-from kvjax.cache import HostStore, PagedStore, Strategy
+from kvjax.cache import Strategy
 from kvjax.engine.blocks import BlockManager, OutOfBlocks
 from kvjax.sampling import Sampling
 
@@ -136,7 +136,7 @@ class Need:
     """What a strategy asks of the pool.
 
     Attributes:
-      strategy: over a paged store.
+      strategy: over the store of an engine.
       contiguous: every request takes the slots of the longest one (a dense store); otherwise what it can come to need.
     """
 
@@ -147,13 +147,13 @@ class Need:
     @property
     def grows(self) -> bool:
         """Whether a request takes pages as it gets longer; otherwise it takes all it can ever use when it is admitted."""
-        return self.strategy.policy.kept_tokens(1) is None and not self.contiguous
+        return not self.strategy.policy.evicts and not self.contiguous
 
     @functools.cached_property
     def capacity(self) -> int:
         """Slots of the longest row there can be."""
         longest = self.max_model_len
-        if self.strategy.policy.kept_tokens(1) is None:
+        if not self.strategy.policy.evicts:
             return longest
         return max(self.strategy.slots(prompt, longest) for prompt in range(1, longest + 1))
 
@@ -169,11 +169,11 @@ class Need:
     @property
     def stages(self) -> bool:
         """Whether a prompt stands outside the pool until it is complete and compressed."""
-        return self.strategy.policy.kept_tokens(1) is not None
+        return self.strategy.policy.evicts
 
     def held(self, prompt: int, length: int) -> int:
         """Tokens per kv head that a request holds once `length` tokens have been fed."""
-        budget = self.strategy.policy.kept_tokens(prompt)
+        budget = self.strategy.policy.most_kept(prompt)
         if budget is None:
             return length
         if self.strategy.policy.evicts_in_decode:
@@ -181,15 +181,13 @@ class Need:
         return min(budget, prompt) + length - prompt if length > prompt else min(budget, length)
 
     def pages(self, slots: int) -> int:
-        store = self.strategy.store
-        assert isinstance(store, PagedStore | HostStore)
-        return store.pages_of(slots)
+        """Pages that hold `slots` slots of a request; where a page is a row, one, however many."""
+        return self.strategy.store.pages_of(slots)
 
     @property
     def page_size(self) -> int:
-        """Slots of a page; a seat of the host store holds the longest row."""
-        store = self.strategy.store
-        return store.page_size if isinstance(store, PagedStore) else self.capacity
+        """Slots of a page; where a page is a row, those of the longest."""
+        return self.strategy.store.page(self.capacity)
 
 
 class Scheduler:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.cache import HostStore
 from kvjax.engine.engine import Engine, Output, RequestRefused
 from kvjax.engine.load import Load, Request
 from kvjax.engine.metrics import Goodput, Sample, Timeline, lengths, summarise, summarise_series
@@ -110,16 +109,16 @@ class Service:
 
     def _host_record(self, engine: Engine) -> dict[str, Any]:
         """What stood in host memory, and what crossed over; nothing without a host store."""
-        store = engine.strategy.store
-        if not isinstance(store, HostStore):
+        tier = engine.strategy.store.tier
+        if not tier.fetches:
             return {}
         tokens, held, wanted, moved = (self.traffic[:, i] for i in range(4))
         shape = cache_shape(engine.model)
         row = 2 * shape.head_dim * np.dtype(shape.dtype).itemsize
         found: dict[str, Any] = {
-            "transfer": store.transfer,
+            "transfer": tier.options["transfer"],
             "kv_host_total_bytes": engine.budget.num_pages * engine.budget.seat,
-            "kv_bytes_moved_per_token": float(moved.sum() * row / tokens.max()) if tokens.any() and store.transfer != "device" else 0.0,
+            "kv_bytes_moved_per_token": float(moved.sum() * row / tokens.max()) if tokens.any() and tier.in_host else 0.0,
         }
         if held.all():
             found |= {"kv_fetched_fraction": float((moved / held).mean()), "kv_wanted_fraction": float((wanted / held).mean())}

@@ -41,15 +41,21 @@ class Step(Protocol[KV]):
         """True position of every token of this call."""
         ...
 
-    def look_ahead(self, layer: int, queries: Callable[[], Float[Array, "B Hkv G P"] | None], kv: KV) -> KV:
-        """Prepare for layer `layer + 1`, of which `queries` guesses partial queries (scaled, of the first token); None without a guide."""
+    def look_ahead(self, layer: int, queries: Callable[[], Float[Array, "B Hkv G P"] | None], kv: KV) -> Any:
+        """What layer `layer + 1` is going to read, of which `queries` guesses partial queries (scaled, of the first token; None without a
+        guide); None where nothing is chosen ahead."""
         ...
 
     def attend(
         self, layer: int, q: Float[Array, "B S H D"], k: Float[Array, "B S Hkv D"], v: Float[Array, "B S Hkv D"], kv: KV,
-        guide: Guide | None,
+        guide: Guide | None, ahead: Any,
     ) -> tuple[Float[Array, "B S H D"], KV]:  # fmt: skip
-        """Store `k` and `v` (keys already rotated) and attend; q is not scaled yet. `guide`: this layer's, if the model has one."""
+        """Store `k` and `v` (keys already rotated) and attend; q is not scaled yet.
+
+        Args:
+          guide: this layer's, if the model has one.
+          ahead: what `look_ahead` gave, for the next layer.
+        """
         ...
 
     def hidden(self, x: Float[Array, "B S M"]) -> Float[Array, "B T M"]:
@@ -151,7 +157,7 @@ class Attention(nn.Module):
         config = self.config
         guide = self.get_variable("guide", "guide") if self.has_variable("guide", "guide") else None
         following = None if guide is None else guide.following
-        kv = step.look_ahead(self.layer, lambda: None if following is None else guess_queries(config, following, x, rotation), kv)
+        ahead = step.look_ahead(self.layer, lambda: None if following is None else guess_queries(config, following, x, rotation), kv)
 
         def project(name: str, heads: int):
             y = Linear(heads * config.head_dim, config.qkv_bias, self.dtype, name=name)(x)
@@ -164,7 +170,7 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
 
-        out, kv = step.attend(self.layer, q, k, v, kv, guide)
+        out, kv = step.attend(self.layer, q, k, v, kv, guide, ahead)
         out = out.reshape(*out.shape[:-2], config.num_heads * config.head_dim)
         return Linear(config.hidden_size, config.output_bias, self.dtype, name="o")(out), kv
 

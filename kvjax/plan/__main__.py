@@ -23,8 +23,7 @@ from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
-from kvjax.cache import parse_strategy, split_specs
-from kvjax.cache.stores import TRANSFERS
+from kvjax.cache import TRANSFERS, parse_strategy, split_specs
 from kvjax.command import Printer, answered, start
 from kvjax.errors import SpecError
 from kvjax.files import dumps

@@ -7,11 +7,10 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from kvjax.cache import HostStore
-from kvjax.cache.policies.base import tokens
+from kvjax.cache.ledger import nbytes, pool_bytes
 from kvjax.models.config import OPT_POSITION_OFFSET
 from kvjax.plan.devices import Device
-from kvjax.plan.programs import Setting, in_host_memory
+from kvjax.plan.programs import Setting, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Work:
 def decode_work(setting: Setting) -> Work:
     """The work of the last decode step of a setting."""
     config, strategy, batch = setting.config, setting.strategy, setting.batch
-    policy, store = strategy.policy, strategy.store
+    policy, tier = strategy.policy, strategy.store.tier
     item, held = jnp.dtype(setting.dtype).itemsize, min(strategy.slots(setting.prompt, setting.context), setting.context)
     token = 2 * config.num_kv_heads * config.head_dim * item  # of one layer
     width = config.embedding_size or config.hidden_size
@@ -56,30 +55,22 @@ def decode_work(setting: Setting) -> Work:
     used = config.parameter_count - table - learned
     flops = 2.0 * used * batch
     weight_bytes = used * item
-    metadata = 0
-    if policy.kept_tokens(1) is not None:
-        heads = config.num_kv_heads if policy.per_head else 1
-        metadata = config.num_layers * heads * (held * (4 + 4 * policy.keeps_score) + 4)
+    kv = state(setting, batch)
+    metadata = nbytes(kv.layers) - pool_bytes(kv)
     per_query = 4 * config.num_heads * config.head_dim  # logits and values of one token and layer
-    if not isinstance(store, HostStore):
-        cache = batch * (config.num_layers * held * token + metadata)
+    if not tier.fetches:
+        cache = batch * config.num_layers * held * token + metadata
         return Work(weight_bytes, cache, flops + batch * config.num_layers * held * per_query)
     read = [held] * config.num_layers
-    if policy.speculates:
-        columns, selected = policy.partial_columns(config.head_dim), most_selected(setting, held)
+    if policy.guesses:
+        columns, selected = policy.partial_columns(config.head_dim), policy.most_read(setting.prompt, held)
         speculating = max(config.num_layers - policy.full_layers, 0)
         read = [held] * (config.num_layers - speculating) + [selected] * speculating
-        metadata += speculating * config.num_kv_heads * columns * held * item
         flops += 2 * batch * speculating * config.num_heads * columns * held
         rows = config.num_heads * (columns if config.rope is None and not config.qk_norm else config.head_dim)
         flops += 2 * batch * speculating * rows * config.hidden_size
         weight_bytes += speculating * rows * config.hidden_size * item
     moved = batch * sum(read) * token
     flops += batch * sum(read) * per_query
-    crossing = (float(moved), float(batch * config.num_layers * token)) if in_host_memory(strategy) else (0.0, 0.0)
-    return Work(weight_bytes, moved + batch * metadata, flops, *crossing)
-
-
-def most_selected(setting: Setting, held: int) -> int:
-    """Tokens a layer fetches at most when `held` stand in the pool."""
-    return min(int(tokens(getattr(setting.strategy.policy, "budget", held), held)), held)
+    crossing = (float(moved), float(batch * config.num_layers * token)) if tier.in_host else (0.0, 0.0)
+    return Work(weight_bytes, moved + metadata, flops, *crossing)

@@ -10,8 +10,8 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-from kvjax.cache import HostStore, KVState
-from kvjax.cache.ledger import nbytes
+from kvjax.cache import KVState
+from kvjax.cache.ledger import nbytes, pool_bytes
 from kvjax.errors import KvjaxError
 from kvjax.plan import bounds, programs
 from kvjax.plan.devices import Device
@@ -242,7 +242,7 @@ def _cache(setting: Setting, rows: int) -> Cache:
 def _few_rows(setting: Setting) -> tuple[Cache, Cache]:
     """Of one row and of two, from the shapes of two depths: all further layers add the same."""
     deep, policy = setting.config.num_layers, setting.strategy.policy
-    low = min(policy.full_layers * policy.speculates + 1, deep)
+    low = min(policy.full_layers * policy.guesses + 1, deep)
 
     def at(layers: int, rows: int) -> Cache:
         return _books(setting, programs.state(setting.with_layers(layers), rows))
@@ -256,13 +256,10 @@ def _line(low: int, first: Cache, high: int, second: Cache, at: int) -> Cache:
 
 
 def _books(setting: Setting, kv: KVState) -> Cache:
-    if not isinstance(setting.strategy.store, HostStore):
-        tokens = sum(nbytes(layer.store) for layer in kv.layers)
-        return Cache(tokens, nbytes(kv) - tokens, 0, 0)
-    pool = sum(nbytes((layer.store.k, layer.store.v)) for layer in kv.layers)
-    partial = sum(nbytes(layer.store.partial) for layer in kv.layers)
+    pool = pool_bytes(kv)
+    partial = nbytes([layer.own for layer in kv.layers]) if setting.strategy.policy.guesses else 0
     rest = nbytes(kv) - pool - partial
-    return Cache(0, rest, partial, pool) if programs.in_host_memory(setting.strategy) else Cache(pool, rest, partial, 0)
+    return Cache(0, rest, partial, pool) if setting.strategy.store.tier.in_host else Cache(pool, rest, partial, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- largest batch and context

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache import CacheShape, HostStore, KVState, Prefill, Strategy
+from kvjax.cache import CacheShape, KVState, Prefill, Stage, Strategy, stage
 from kvjax.cache.ledger import nbytes
 from kvjax.calibrate import RANK
 from kvjax.errors import SpecError
-from kvjax.generation import unrolled_prefill, unrolled_settle, unrolled_steps
+from kvjax.generation import compress_layer, unrolled_prefill, unrolled_steps
 from kvjax.kernels.dispatch import current_device
 from kvjax.models import Decoder, ModelConfig, parameters
 from kvjax.models.guide import Guide, QueryGuide, guides
@@ -54,7 +54,7 @@ class Setting:
             raise SpecError(f"output_len={self.output_len}: a context of {self.context} tokens has room for 1 to {self.context - 1}")
         if self.batch < 1 or self.prefill_batch < 1 or (self.prefill_chunk is not None and self.prefill_chunk < 1):
             raise SpecError("batch, prefill_batch and prefill_chunk are at least 1")
-        if isinstance(self.strategy.store, HostStore) and self.strategy.store.transfer == "driven":
+        if self.strategy.store.tier.driven:
             raise SpecError("transfer=driven is many small programs with the host between them; plan transfer=jit")
 
     @property
@@ -65,7 +65,7 @@ class Setting:
     def stages(self) -> bool:
         """Whether prompts stand in a staging state until they are complete."""
         chunked = self.prefill_chunk is not None and self.prefill_chunk < self.prompt
-        return chunked and self.strategy.policy.kept_tokens(1) is not None
+        return chunked and self.strategy.policy.evicts
 
     def native(self, device: Device) -> "Setting":
         """The same over the store that the device computes with."""
@@ -82,7 +82,7 @@ class Setting:
     def depths(self, how: Depths = "two") -> tuple[int, int]:
         """The depths compiled, the same twice for one: the model's own with `all`, and where it is no deeper than the others."""
         policy = self.strategy.policy
-        first, second = (depth + (policy.full_layers + 2) * policy.speculates for depth in DEPTHS)
+        first, second = (depth + (policy.full_layers + 2) * policy.guesses for depth in DEPTHS)
         if how == "all" or second >= self.config.num_layers:
             return self.config.num_layers, self.config.num_layers
         return first, second
@@ -121,22 +121,26 @@ def compiled_decode(setting: Setting, device: Device) -> Usage:
 
 
 def compiled_prefill(setting: Setting, device: Device) -> Usage:
-    """The call that puts the last tokens of the prompts in, the one that needs most, or `settle` where that needs more."""
+    """The call that puts the last tokens of the prompts in, which needs most, or what compresses a layer of them where that needs more."""
     setting = as_compiled(setting, device)
     rows, prompt, strategy = setting.prefill_batch, setting.prompt, setting.strategy
     chunk = min(setting.prefill_chunk or prompt, prompt)
     params, kv = _params(setting), staged(setting) if setting.stages else state(setting, rows)
     lengths: Any = jax.ShapeDtypeStruct((rows,), jnp.int32)
     tokens = jax.ShapeDtypeStruct((rows, chunk), jnp.int32)
-    step = Prefill(lengths, strategy) if chunk == prompt else Prefill(lengths, strategy, first=False, context=prompt)
+    how: Any = {} if chunk == prompt else dict(first=False, context=prompt)
+    stages = Stage(lengths, strategy.store.staging, strategy.observes, **how)
+    step = stages if setting.stages else Prefill(lengths, strategy, **how)
     with device.in_scope():
         arguments = placed(device, (params, tokens, kv, step))
         chunked = _usage(unrolled_prefill.lower(decoder(setting), *arguments), arguments, device)
         if not setting.stages:
             return chunked
-        arguments = placed(device, (kv, state(setting, rows), guides(params, setting.config.num_layers)))
-        settled = _usage(unrolled_settle.lower(strategy, *arguments), arguments, device)
-    return max(chunked, settled, key=lambda usage: usage.beside)
+        empty, guide, layers = state(setting, rows), guides(params, setting.config.num_layers), setting.config.num_layers
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        arguments = placed(device, (kv.layers[-1], empty.layers[-1], kv.length, empty.over(()), guide[-1] if guide else None, index))
+        compressed = _usage(compress_layer.lower(strategy, layers, *arguments), arguments, device)
+    return max(chunked, compressed, key=lambda usage: usage.beside)
 
 
 def _usage(lowered: jax.stages.Lowered, arguments: Any, device: Device) -> Usage:
@@ -178,20 +182,17 @@ def state(setting: Setting, rows: int) -> KVState:
 def staged(setting: Setting) -> KVState:
     """The shapes of what holds whole prompts until they are compressed."""
     lengths = jax.ShapeDtypeStruct((setting.prefill_batch,), jnp.int32)
-    return jax.eval_shape(lambda x: setting.strategy.stage(cache_shape(setting), x, setting.prompt), lengths)
+    return jax.eval_shape(
+        lambda x: stage(setting.strategy.store, setting.strategy.observes, cache_shape(setting), x, setting.prompt), lengths
+    )
 
 
 def as_compiled(setting: Setting, device: Device) -> Setting:
     """The setting that is compiled. For a card that is not here, arguments do not stay in host memory (its kind is lost), so the pool
     of a host store is compiled as device memory, and taken off the bytes afterwards."""
-    store = setting.strategy.store
-    if device.mesh is None or not isinstance(store, HostStore):
+    if device.mesh is None:
         return setting
-    return dataclasses.replace(setting, strategy=Strategy(setting.strategy.policy, dataclasses.replace(store, transfer="device")))
-
-
-def in_host_memory(strategy: Strategy) -> bool:
-    return isinstance(strategy.store, HostStore) and strategy.store.transfer != "device"
+    return dataclasses.replace(setting, strategy=Strategy(setting.strategy.policy, setting.strategy.store.on_device()))
 
 
 def placed(device: Device, tree: Any) -> Any:
@@ -207,7 +208,7 @@ def _params(setting: Setting) -> parameters.Parameters:
 @functools.lru_cache(maxsize=64)
 def _abstract_params(config: ModelConfig, dtype: str, strategy: Strategy) -> parameters.Parameters:
     params = parameters.abstract(config, dtype)
-    if not strategy.policy.speculates:
+    if not strategy.policy.guesses:
         return params
     policy: Any = strategy.policy
     columns, kind = policy.partial_columns(config.head_dim), jnp.dtype(dtype)

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache import Decode, Full, HostStore, KVState, Strategy
+from kvjax.cache import Decode, Full, KVState, Strategy
 from kvjax.errors import SpecError
 from kvjax.generation import as_strategy, check_positions, check_vocabulary, commit, feed, left_after, stage_prompts
-from kvjax.kernels.dispatch import current_device
 from kvjax.models import Decoder, Model
 from kvjax.quality import fidelity
 from kvjax.quality.paired import difference, interval
@@ -163,7 +162,7 @@ def check_query(task: Task, query: Query) -> None:
 def _placed(strategy: str | Strategy) -> Strategy:
     """The strategy with its tokens in device memory."""
     made = as_strategy(strategy)
-    return Strategy(made.policy, HostStore("device")).native(current_device()) if isinstance(made.store, HostStore) else made
+    return Strategy(made.policy, made.store.on_device())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from kvjax.cache import DenseStore, Full, HostStore, InfiniGen, KVState, Ledger, OracleTopK, Policy, Strategy, ledger, tokens
+from kvjax.cache import Full, KVState, Ledger, Policy, Strategy, dense, host, ledger
 from kvjax.engine import offline
 from kvjax.errors import InputError
 from kvjax.generation import feed, run_prefill
@@ -28,7 +28,7 @@ Guided = Callable[[Strategy], Model]
 
 def strategy_of(policy: Policy, offloaded: bool = False) -> Strategy:
     """The policy in its store; a host store has its pool in device memory."""
-    return Strategy(policy, HostStore("device") if offloaded or policy.home == "host" else DenseStore())
+    return Strategy(policy, host("device") if offloaded or policy.fetches else dense())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Forced:
 
     def _prefilled(self, model: Model, strategy: Strategy) -> list[tuple[jax.Array, KVState]]:
         """Batch by batch, the logits behind the prompt and the state. Strategies that differ in what they read alone share them."""
-        twin = _prompt_twin(strategy)
+        twin = Strategy(strategy.policy.before_reading(), strategy.store)
         if self._prompts is None or self._prompts[0] != twin:
             self._prompts = None  # only ever one in memory
             made = []
@@ -114,34 +114,21 @@ class Forced:
 
     def _shares(self, strategy: Strategy, books: Sequence[Ledger]) -> dict[str, Any]:
         """How much of what is held a decode step reads, and of a host store, brings over: means over layers, steps and batches."""
-        if not isinstance(strategy.store, HostStore):
-            read = float(np.mean([b.kept_fraction for b in books]))
-            if isinstance(strategy.policy, OracleTopK):
-                total = self.workload.prompts.shape[1] + self.workload.continuation.shape[1]
-                read = tokens(strategy.policy.k, self.start) / total
-            return {"read_fraction": read}
+        if not strategy.store.tier.fetches:
+            if strategy.policy.selects is None:
+                return {"read_fraction": float(np.mean([b.kept_fraction for b in books]))}
+            total = self.workload.prompts.shape[1] + self.workload.continuation.shape[1]
+            return {"read_fraction": strategy.policy.most_read(self.start, total) / total}
         fetched, wanted = (np.mean([getattr(b, name) for b in books], axis=0) for name in ("fetched", "wanted"))
         found: dict[str, Any] = {"read_fraction": float(wanted.mean()), "kv_fetched_fraction": float(fetched.mean())}
         found |= {"kv_wanted_fraction": float(wanted.mean())}
         found |= {f"kv_fetched_fraction_layer_{i}": float(x) for i, x in enumerate(fetched)}
         found |= {f"kv_wanted_fraction_layer_{i}": float(x) for i, x in enumerate(wanted)}
-        if strategy.policy.speculates:
+        if strategy.policy.guesses:
             above = strategy.policy.full_layers
             found["kv_fetched_fraction_speculating"] = float(fetched[above:].mean())
             found["kv_wanted_fraction_speculating"] = float(wanted[above:].mean())
         return found
-
-
-def _prompt_twin(strategy: Strategy) -> Strategy:
-    """A strategy that does the same to a prompt."""
-    policy = strategy.policy
-    if isinstance(policy, InfiniGen):
-        plain = InfiniGen()
-        only_read = ["alpha", "budget", "count", "group", "correction"] + (["sinks", "recent"] if policy.pool is None else [])
-        policy = dataclasses.replace(policy, **{name: getattr(plain, name) for name in only_read})
-    if isinstance(policy, OracleTopK):
-        policy = OracleTopK()
-    return Strategy(policy, strategy.store)
 
 
 def fed_forced(model: Model, strategy: Strategy, kv: KVState, tokens: Int[np.ndarray, "B T"]):
@@ -150,7 +137,7 @@ def fed_forced(model: Model, strategy: Strategy, kv: KVState, tokens: Int[np.nda
     Returns the logits after each, the state, and what the audit of the guesses says: by layer and measure, [T, B].
     """
     kv = jax.tree.map(jnp.copy, kv)
-    if strategy.policy.speculates:
+    if strategy.policy.guesses:
         return audited_feed(model, strategy, kv, tokens)
     return *feed(model, strategy, kv, tokens), {}
 

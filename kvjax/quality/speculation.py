@@ -27,15 +27,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from kvjax.cache import Decode, KVState, Strategy
-from kvjax.cache.attention import NEG_INF
-from kvjax.cache.policies import Policy
-from kvjax.cache.state import LayerState
-from kvjax.cache.stores import HostStore
+from kvjax.cache import Ahead, Decode, KVState, LayerState, Strategy
+from kvjax.cache.strategy import marked, positions
 from kvjax.errors import InputError, SpecError
 from kvjax.generation import PrefillPlan, as_strategy, check_positions, check_vocabulary, run_prefill
+from kvjax.kernels.attention import NEG_INF
 from kvjax.models import Decoder, Model
 from kvjax.quality.fidelity import Estimate
 from kvjax.runtime.forward import forward
@@ -95,7 +93,7 @@ def audit(
       SpecError: a policy that does not speculate, or a model without a guide.
       InputError: nothing after the prompt, ids outside the vocabulary, or more tokens than the model has positions for.
     """
-    if not strategy.policy.speculates or not isinstance(strategy.store, HostStore):
+    if not strategy.policy.guesses:
         raise SpecError(f"{strategy.describe()} guesses nothing; an audit takes a strategy that fetches what it guesses, such as infinigen")
     token_ids = np.asarray(token_ids)
     if token_ids.ndim != 2 or not 1 <= prompt_len < token_ids.shape[1]:
@@ -103,7 +101,7 @@ def audit(
     check_vocabulary(model, token_ids)
     batch, total = token_ids.shape
     check_positions(model, prompt_len, total - prompt_len)
-    strategy = as_strategy(Strategy(strategy.policy, dataclasses.replace(strategy.store, transfer="device")))
+    strategy = as_strategy(Strategy(strategy.policy, strategy.store.on_device()))
     lengths = np.full(batch, prompt_len, np.int32)
     _, kv = run_prefill(model, strategy, token_ids[:, :prompt_len], lengths, total - prompt_len, prefill)
     return speculation_of(audited_feed(model, strategy, kv, token_ids[:, prompt_len:])[2])
@@ -146,6 +144,15 @@ class Audited:
         return dataclasses.replace(self, layers=tuple(layers))
 
     @property
+    def ahead(self) -> Ahead | None:
+        """What the next layer is going to read."""
+        return self.kv.ahead
+
+    def handed(self, ahead: Ahead | None) -> "Audited":
+        """The audit with that."""
+        return dataclasses.replace(self, kv=self.kv.handed(ahead))
+
+    @property
     def state(self) -> KVState:
         """The strategy's own state."""
         return self.kv.over(tuple(layer.state for layer in self.layers))
@@ -171,18 +178,18 @@ class Audit:
     def positions(self, audited: Audited, num_tokens: int) -> Int[Array, "B 1"]:
         return self.decode.positions(audited.kv, num_tokens)
 
-    def look_ahead(self, layer: int, queries, audited: Audited) -> Audited:
-        return audited.after(self.decode.look_ahead(layer, queries, audited.state))
+    def look_ahead(self, layer: int, queries, audited: Audited) -> Ahead | None:
+        return self.decode.look_ahead(layer, queries, audited.state)
 
-    def attend(self, layer: int, q, k, v, audited: Audited, guide=None):
-        state = audited.state
+    def attend(self, layer: int, q, k, v, audited: Audited, guide=None, ahead=None):
+        state, strategy = audited.state, self.decode.strategy
         cached = state.layer(layer)
-        if cached.store.partial is not None and cached.store.staged is not None:
-            measures = compare(self.decode.strategy, cached, q[:, 0], k[:, 0], state)
+        if state.ahead is not None and strategy.policy.selects_by(cached.own):
+            measures = compare(strategy, cached, state.ahead, q[:, 0], k[:, 0], state)
             layers = list(audited.layers)
             layers[layer] = dataclasses.replace(layers[layer], measures=measures)
             audited = audited.over(tuple(layers))
-        out, state = self.decode.attend(layer, q, k, v, state, guide)
+        out, state = self.decode.attend(layer, q, k, v, state, guide, ahead)
         return out, audited.after(state)
 
     def hidden(self, x: Float[Array, "B 1 M"]) -> Float[Array, "B 1 M"]:
@@ -232,21 +239,22 @@ def _audited_feed(decoder: Decoder, strategy: Strategy, params, kv: KVState, tok
     return logits.swapaxes(0, 1), kv, measures  # the state is returned so that the donated memory is reused
 
 
-def compare(strategy: Strategy, layer: LayerState, q: Float[Array, "B H D"], k: Float[Array, "B Hkv D"], kv: KVState) -> Measures:
-    """What is staged of a layer against what these queries would have chosen; `k` are the keys of the newest token, not stored yet."""
+def compare(
+    strategy: Strategy, layer: LayerState, ahead: Ahead, q: Float[Array, "B H D"], k: Float[Array, "B Hkv D"], kv: KVState
+) -> Measures:
+    """What is read of a layer against what these queries would have chosen; `k` are the keys of the newest token, not stored yet."""
     batch, _, dim = q.shape
-    keys, _ = strategy.store.tokens(layer.store, kv.shared, batch)
+    keys, _ = strategy.store.tokens(layer.pool, kv.table, batch)
     capacity, heads = keys.shape[1:3]
     grouped = (q * dim**-0.5).astype(keys.dtype).reshape(batch, heads, -1, dim)
     logits = jnp.einsum("bngd,bcnd->bngc", grouped, keys, preferred_element_type=jnp.float32)
     newest = jnp.einsum("bngd,bnd->bng", grouped, k.astype(keys.dtype), preferred_element_type=jnp.float32)
-    slots = jnp.arange(capacity)
-    position = layer.position if layer.position is not None else jnp.where(slots < kv.length[:, None, None], slots, -1)
+    position = positions(layer, kv)
     held = position >= 0
 
-    fetched = _marked(layer.store.staged.slot, capacity)
-    policy = _unbounded(strategy.policy)
-    slot, near = policy.select(logits, position, kv.length)
+    fetched = marked(ahead.slot, capacity)
+    policy = strategy.policy.unbounded()
+    slot, near = policy.choose(logits, position, kv.length, kv.prompt_length)
     row, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
     aside = policy.always_read(position, kv.length)
     rank = jnp.full(fetched.shape, capacity).at[row, head, slot].set(jnp.arange(slot.shape[-1])) - aside.sum(-1)[..., None]
@@ -265,18 +273,6 @@ def compare(strategy: Strategy, layer: LayerState, q: Float[Array, "B H D"], k: 
         "fetched": fetched.sum(-1).mean(-1),
         "near": near.astype(jnp.float32),
     }
-
-
-def _marked(slot: Int[Array, "B Hkv K"], capacity: int) -> Bool[Array, "B Hkv C"]:
-    """True in these slots; a slot that does not exist marks nothing."""
-    batch, heads, _ = slot.shape
-    row, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
-    return jnp.zeros((batch, heads, capacity), bool).at[row, head, slot].set(True, mode="drop")
-
-
-def _unbounded(policy: Policy) -> Policy:
-    """The policy without a limit on what it reads, where it has one that can be lifted."""
-    return policy if type(policy).with_budget is Policy.with_budget else policy.with_budget(1.0)
 
 
 def _mean(per_row: Float[np.ndarray, " R"]) -> Estimate:

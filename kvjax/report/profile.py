@@ -20,7 +20,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from kvjax.errors import InputError
 
-SCOPES = ("prefill", "decode", "speculate", "fetch", "attend", "write", "evict", "lm_head")
+SCOPES = ("prefill", "decode", "select", "fetch", "attend", "write", "evict", "lm_head")
 
 CONTAINERS = ("while", "conditional", "call")
 """Operations whose time is that of the instructions inside them, which have events of their own."""

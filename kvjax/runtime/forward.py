@@ -9,7 +9,6 @@
 """
 
 import dataclasses
-import warnings
 from functools import partial
 from typing import Any, Protocol, Self
 
@@ -18,17 +17,19 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.models.decoder import Block, Decoder, Step
 
-# A layer's state is donated whole, what was fetched for the step included, which has no place in the result.
-warnings.filterwarnings("ignore", message="Some donated buffers were not usable", category=UserWarning)
-
 
 class State(Protocol):
-    """What goes through the layers: per layer a part of its own, and what they share."""
+    """What goes through the layers: per layer a part of its own, what they share, and what one hands to the next."""
 
     @property
     def layers(self) -> tuple[Any, ...]: ...
 
+    @property
+    def ahead(self) -> Any: ...
+
     def over(self, layers: tuple[Any, ...]) -> Self: ...
+
+    def handed(self, ahead: Any) -> Self: ...
 
 
 def forward[KV: State](
@@ -46,11 +47,11 @@ def forward[KV: State](
         result: Any = decoder.apply(params, tokens, kv, step)
         return result
     ends = _ends(params)
-    frame, layers = kv.over(()), list(kv.layers)
+    frame, layers, ahead = kv.over(()), list(kv.layers), kv.ahead
     x, rotation = _embed(decoder, ends, tokens, frame, step)
     for i in range(len(layers)):
-        here = slice(i, i + 2)  # a layer may prepare the next one
-        x, layers[here] = _block(decoder, layer_variables(params, i), x, rotation, tuple(layers[here]), frame, step)
+        following = tuple(layers[i + 1 : i + 2])  # which a layer may look at
+        x, layers[i], ahead = _block(decoder, layer_variables(params, i), x, rotation, layers[i], following, frame.handed(ahead), step)
     logits, frame = _head(decoder, ends, x, frame, step, tokens.shape[1])
     return logits, frame.over(tuple(layers))
 
@@ -58,14 +59,14 @@ def forward[KV: State](
 def warm(decoder: Decoder, params: Any, tokens: Int[Array, "B S"], kv: Any, step: Any) -> Float[Array, "B T V"]:
     """Compiles what `forward` runs by calls, with one layer of every kind. Takes the memory of `kv` over; the logits mean nothing."""
     ends = _ends(params)
-    frame, layers = kv.over(()), list(kv.layers)
+    frame, layers, ahead = kv.over(()), list(kv.layers), kv.ahead
     x, rotation = _embed(decoder, ends, tokens, frame, step)
     seen = set()
     for i in range(len(layers)):
-        variables, here = layer_variables(params, i), slice(i, i + 2)
-        if (kind := _kind((variables, layers[here]))) not in seen:
+        variables, following = layer_variables(params, i), tuple(layers[i + 1 : i + 2])
+        if (kind := _kind((variables, layers[i], following, ahead))) not in seen:
             seen.add(kind)
-            x, layers[here] = _block(decoder, variables, x, rotation, tuple(layers[here]), frame, step)
+            x, layers[i], ahead = _block(decoder, variables, x, rotation, layers[i], following, frame.handed(ahead), step)
     return _head(decoder, ends, x, frame, step, tokens.shape[1])[0]
 
 
@@ -104,11 +105,11 @@ def _embed(decoder: Decoder, ends, tokens, frame, step):
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(2, 4))
-def _block(decoder: Decoder, variables, x: Float[Array, "B S M"], rotation, layers, frame, step):
-    """One layer, the first of `layers`, which has the next one beside it if there is one."""
+def _block(decoder: Decoder, variables, x: Float[Array, "B S M"], rotation, layer, following: tuple, frame, step):
+    """One layer, and the next one beside it, if there is one, to look at. Returns the layer, and what is handed to the next."""
     block: Any = Block(decoder.config, 0, decoder.dtype)
-    x, kv = block.apply(variables, x, rotation, frame.over(layers), step)
-    return x, kv.layers
+    x, kv = block.apply(variables, x, rotation, frame.over((layer, *following)), step)
+    return x, kv.layers[0], kv.ahead
 
 
 @partial(jax.jit, static_argnums=(0, 5))
@@ -127,15 +128,15 @@ def scratch(decoder: Decoder, params: Any, tokens: Any, kv: Any, step: Any) -> i
     """
     kv, tokens, params = (jax.tree.map(jax.typeof, tree) for tree in (kv, tokens, params))
     ends = _ends(params)
-    frame, layers = kv.over(()), list(kv.layers)
+    frame, layers, ahead = kv.over(()), list(kv.layers), kv.ahead
     sizes: dict[Any, int | None] = {}
     x, rotation = jax.eval_shape(partial(_embed, decoder), ends, tokens, frame, step)
     for i in range(len(layers)):
-        here = slice(i, i + 2)
-        arguments = layer_variables(params, i), x, rotation, tuple(layers[here]), frame, step
+        following = tuple(layers[i + 1 : i + 2])
+        arguments = layer_variables(params, i), x, rotation, layers[i], following, frame.handed(ahead), step
         if (kind := _kind(arguments)) not in sizes:
             sizes[kind] = _beside(_block.lower(decoder, *arguments))
-        x, layers[here] = jax.eval_shape(partial(_block, decoder), *arguments)
+        x, layers[i], ahead = jax.eval_shape(partial(_block, decoder), *arguments)
     sizes["head"] = _beside(_head.lower(decoder, ends, x, frame, step, tokens.shape[1]))
     known = [size for size in sizes.values() if size is not None]
     return max(known) if len(known) == len(sizes) else None

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import matching
-from kvjax.cache import CacheShape, HostStore, Strategy, parse_strategy
+from kvjax.cache import CacheShape, Strategy, parse_strategy
 from kvjax.calibrate import Calibration, calibrate, calibrated
 from kvjax.engine import load as loads
 from kvjax.engine import metrics, offline, serve
@@ -281,7 +281,7 @@ class Bench:
         model, strategy = self.model(cell), strategy_in(cell)
         check_positions(model, cell.input_len, cell.num_facts * recall.STATEMENT_BYTES)
         asked = strategy.identity()
-        strategy = strategy_of(strategy.policy, offloaded=isinstance(strategy.store, HostStore))
+        strategy = strategy_of(strategy.policy, offloaded=strategy.store.tier.fetches)
         seed = cell.seed + REPEAT_STRIDE * cell.repeat
         key = (*_model_key(cell), cell.num_prompts, cell.input_len, seed, cell.num_facts, cell.batch_size)
 
@@ -324,7 +324,7 @@ class Bench:
     def guided(self, model: Model, strategy: Strategy, key: tuple[Any, ...]) -> Model:
         """The model as the strategy needs it; one calibration serves all that speculate."""
         policy: Any = strategy.policy
-        if not policy.speculates:
+        if not policy.guesses:
             return model
         if key not in self._calibrations:
             self._calibrations[key] = calibrate(model)
@@ -344,7 +344,7 @@ class Bench:
         def make() -> Engine:
             made = Engine(
                 self.guided(model, strategy, _model_key(cell)), strategy, kv_memory=cell.kv_memory,
-                host_memory=cell.host_memory if isinstance(strategy.store, HostStore) else None, max_num_seqs=cell.max_num_seqs,
+                host_memory=cell.host_memory if strategy.store.tier.fetches else None, max_num_seqs=cell.max_num_seqs,
                 max_model_len=longest, prefill_chunk=cell.prefill_chunk, prefix_caching=bool(cell.prefix_caching),
             )  # fmt: skip
             made.warm_up(lengths if len(lengths) < 4 else [longest - 1])

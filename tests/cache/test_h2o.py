@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from kvjax.cache import H2O, CacheShape, Strategy, tokens
-from kvjax.cache.attention import prompt_attention
+from kvjax.kernels.attention import Mask, Observe, attention
+from kvjax.kernels.attention import tokens as fresh
 from kvjax.testing.driver import decode_call, kept, prefill_call
 
 KV_HEADS, HEAD_DIM = 2, 8
@@ -60,7 +61,7 @@ def library(strategy: Strategy, q, k, v, prompt: int) -> list[list[dict[int, flo
 
 
 def scores(kv) -> list[dict[int, float]]:
-    found = np.asarray(kv.layers[0].score)[0]
+    found = np.asarray(kv.layers[0].own)[0]
     return [{position: float(found[head, slot]) for position, slot in kept(kv, 0, head).items()} for head in range(KV_HEADS)]
 
 
@@ -120,7 +121,7 @@ def test_uniform_attention_favours_early_tokens():
     length = 50
     _, k, v = random_qkv(3, 2, length)
     q = np.zeros((1, length, 4, HEAD_DIM), np.float32)
-    _, (mass,) = prompt_attention(q, k, v, np.ones((1, length), bool), (H2O().group_mass,))
+    (mass,) = attention(q, fresh(k, v), observe=[Observe()]).observed
     harmonic = np.cumsum((1 / np.arange(1, length + 1))[::-1])[::-1]
     np.testing.assert_allclose(mass[0, 0], 2 * harmonic, rtol=1e-5)
     found = library(Strategy(H2O(heavy=5, recent=5)), q, k, v, length)
@@ -141,7 +142,7 @@ def test_padding_gives_no_mass():
     length, padded = 20, 32
     q, k, v = random_qkv(5, 2, padded)
     valid = jnp.arange(padded)[None] < length
-    _, (mass,) = jax.jit(lambda *x: prompt_attention(*x, (H2O().group_mass,), block=8))(q, k, v, valid)
-    _, (alone,) = prompt_attention(*(x[:, :length] for x in (q, k, v)), valid[:, :length], (H2O().group_mass,))
+    (mass,) = jax.jit(lambda q, k, v, valid: attention(q, fresh(k, v), Mask(counted=valid), observe=[Observe()]).observed)(q, k, v, valid)
+    (alone,) = attention(q[:, :length], fresh(k[:, :length], v[:, :length]), observe=[Observe()]).observed
     np.testing.assert_allclose(mass[..., :length], alone, atol=1e-5)
     assert (np.asarray(mass)[..., length:] == 0).all()

@@ -12,7 +12,7 @@ import pytest
 
 import kvjax
 from kvjax import PrefillPlan
-from kvjax.cache import CacheShape, Decode, HostStore, InfiniGen, InfiniGenPaper, Prefill, Strategy, ledger, parse_strategy
+from kvjax.cache import CacheShape, Decode, InfiniGen, InfiniGenPaper, Prefill, Strategy, host, ledger, parse_strategy
 from kvjax.calibrate import Calibration, calibrate, prepare
 from kvjax.errors import SpecError
 from kvjax.models import Model, parameters
@@ -113,7 +113,7 @@ RULES = [
 @pytest.mark.parametrize("policy", RULES, ids=lambda policy: policy.describe())
 def test_selection_is_the_rule_ties_included(policy):
     """Logits in steps of a half, so that many are equal and some lie on the threshold itself; ties go to the lower slot."""
-    select, always = jax.jit(policy.select), jax.jit(policy.always_read)
+    choose, always = jax.jit(policy.choose), jax.jit(policy.always_read)
     rng = np.random.default_rng()
     for _ in range(20):
         guess = rng.integers(-8, 9, (4, 3, 2, 20)) / 2
@@ -124,7 +124,7 @@ def test_selection_is_the_rule_ties_included(policy):
             position[row, head, slots] = kept
         guess = np.where(position[:, :, None] >= 0, guess, np.nan)  # partial keys of empty slots may be anything
         arguments = jnp.asarray(position), jnp.asarray(held + 7)
-        slot, count = select(jnp.asarray(guess, jnp.float32), *arguments)
+        slot, count = choose(jnp.asarray(guess, jnp.float32), *arguments, arguments[1])
         seen = [[position[b, h] >= 0 for h in range(3)] for b in range(4)]
         joined = [[joined_by(policy, guess[b, h][:, seen[b][h]]) for h in range(3)] for b in range(4)]
         logits = [[dict(zip(position[b, h][seen[b][h]].tolist(), joined[b][h], strict=True)) for h in range(3)] for b in range(4)]
@@ -147,8 +147,8 @@ def test_a_sink_no_longer_sets_the_threshold():
     """One logit stands 9 above all others: the published rule reads that token alone, the default one reads what is near the next."""
     guess = jnp.where(jnp.arange(40) == 0, 9.0, jnp.where(jnp.arange(40) % 4 == 1, 0.0, -5.0))[None, None, None]
     position, length = jnp.arange(40)[None, None], jnp.array([40])
-    assert InfiniGenPaper(budget=30).select(guess, position, length)[1].tolist() == [1]
-    slot, count = InfiniGen(sinks=1, recent=4, alpha=4.0, budget=30, group="max").select(guess, position, length)
+    assert InfiniGenPaper(budget=30).choose(guess, position, length, length)[1].tolist() == [1]
+    slot, count = InfiniGen(sinks=1, recent=4, alpha=4.0, budget=30, group="max").choose(guess, position, length, length)
     assert count.tolist() == [1 + 4 + 9]
     assert slot[0, 0, :14].tolist() == [0, 36, 37, 38, 39, *range(1, 36, 4)]
 
@@ -159,7 +159,8 @@ def test_a_head_that_looks_at_the_sink_wants_nothing():
     first = jnp.where(jnp.arange(40) == 0, 20.0, jnp.where(jnp.arange(40) < 12, 9.0, 0.0))
     second = jnp.where((jnp.arange(40) >= 12) & (jnp.arange(40) < 21), 5.0, -5.0)
     position, length = jnp.arange(40)[None, None], jnp.array([40])
-    slot, count = InfiniGen(sinks=1, recent=0, alpha=4.0, budget=30).select(jnp.stack([first, second])[None, None], position, length)
+    policy = InfiniGen(sinks=1, recent=0, alpha=4.0, budget=30)
+    slot, count = policy.choose(jnp.stack([first, second])[None, None], position, length, length)
     assert count.tolist() == [10]
     assert slot[0, 0, :10].tolist() == [0, *range(12, 21)]
 
@@ -171,8 +172,8 @@ def test_mean_of_equal_counts_is_that_count():
         guess = jnp.broadcast_to(jnp.where(jnp.arange(10) < counts[:, None, None, None], 0.0, -9.0), (4, heads, 1, 10))
         position, plain = jnp.broadcast_to(jnp.arange(10), (4, 1, 1, 10)), InfiniGenPaper(budget=10, sinks=0, recent=0)
         for policy in (plain, dataclasses.replace(plain, count="batch")):
-            everything = jax.jit(jax.vmap(policy.select))  # a batch of one each
-            _, found = everything(guess[:, None], position, jnp.full((4, 1), 10))
+            everything = jax.jit(jax.vmap(policy.choose))  # a batch of one each
+            _, found = everything(guess[:, None], position, jnp.full((4, 1), 10), jnp.full((4, 1), 10))
             assert found[:, 0].tolist() == counts.tolist()
 
 
@@ -181,8 +182,8 @@ def test_one_mean_serves_the_batch_only_where_that_is_asked_for():
     guess = jnp.where(jnp.arange(10) < near[:, None, None, None], 0.0, -9.0)
     position, length = jnp.broadcast_to(jnp.arange(10), (2, 1, 10)), jnp.array([10, 10])
     policy = InfiniGenPaper(budget=10, sinks=0, recent=0)
-    assert policy.select(guess, position, length)[1].tolist() == [10, 2]
-    assert dataclasses.replace(policy, count="batch").select(guess, position, length)[1].tolist() == [6, 6]
+    assert policy.choose(guess, position, length, length)[1].tolist() == [10, 2]
+    assert dataclasses.replace(policy, count="batch").choose(guess, position, length, length)[1].tolist() == [6, 6]
 
 
 @pytest.mark.parametrize(
@@ -198,23 +199,25 @@ def test_one_mean_serves_the_batch_only_where_that_is_asked_for():
     ],
 )
 def test_columns_of_partial_keys(policy, dim, count):
-    strategy = Strategy(policy, HostStore())
+    strategy = Strategy(policy, host())
     state = jax.eval_shape(partial(strategy.init, CacheShape(3, 2, 2, dim, jnp.dtype(jnp.float32)), [4], 4, 2))
-    assert [None if layer.store.partial is None else layer.store.partial.shape for layer in state.layers] == [None, None, (1, 2, count, 6)]
+    assert [None if layer.own.partial is None else layer.own.partial.shape for layer in state.layers] == [None, None, (1, 2, count, 6)]
 
 
 # ---------------------------------------------------------------------------------------------------- an oracle, over whole models
 
 
 @dataclasses.dataclass(frozen=True)
-class Recording(HostStore):
+class Recording(Strategy):
     """Notes the slots that stand staged when a layer's new token arrives."""
 
     seen: list = dataclasses.field(default_factory=list, compare=False)
 
-    def write(self, layer, *rest):
-        self.seen.append(layer.staged.slot)
-        return super().write(layer, *rest)
+    def decode(self, layer, q, k, v, kv, active, guide=None):
+        ahead = self._at_hand(layer, q[:, 0], kv, active) if kv.ahead is None else kv.ahead
+        assert ahead is not None
+        self.seen.append(ahead.slot)
+        return super().decode(layer, q, k, v, kv.handed(ahead), active, guide)
 
 
 def watched(decoder, params, tokens, kv, step):
@@ -239,7 +242,7 @@ def prompt_call(decoder, strategy, params, tokens, kv, lengths):
 @partial(jax.jit, static_argnums=(0, 1))
 def step_call(decoder, policy, params, token, kv, active):
     seen: list = []
-    kv, inputs = watched(decoder, params, token, kv, Decode(active, Strategy(policy, Recording("device", seen=seen))))
+    kv, inputs = watched(decoder, params, token, kv, Decode(active, Recording(policy, host("device"), seen=seen)))
     return kv, inputs, seen
 
 
@@ -362,7 +365,7 @@ def test_what_is_read_is_what_the_oracle_says(style, byte_model, opt_model):
     calibration = calibrate(model, tokens)
     options: dict = {name: getattr(policy, name) for name in ("partial", "columns", "skew", "correction")}
     prepared = prepare(model, calibration, **options)
-    oracle, strategy = Oracle(model, calibration, policy), Strategy(policy, HostStore("device"))
+    oracle, strategy = Oracle(model, calibration, policy), Strategy(policy, host("device"))
     shape = CacheShape(config.num_layers, config.num_kv_heads, config.group_size, config.head_dim, jnp.dtype(jnp.float32))
 
     kv = strategy.init(shape, LENGTHS, int(LENGTHS.max()), STEPS, fill=np.nan)
@@ -378,7 +381,7 @@ def test_what_is_read_is_what_the_oracle_says(style, byte_model, opt_model):
         inputs = [np.asarray(x, np.float64)[:, 0] for x in inputs]
         for layer in range(config.num_layers):
             state, staged = before.layers[layer], np.asarray(seen[layer])
-            capacity = state.store.slots
+            capacity = state.pool.page_size
             where = np.broadcast_to(np.arange(capacity), (3, config.num_kv_heads, capacity))
             where = np.where(where < at[:, None, None], where, -1) if state.position is None else np.asarray(state.position)
             read = [[set(where[b, h, s[s < capacity]].tolist()) for h, s in enumerate(staged[b])] for b in range(3)]
@@ -419,7 +422,7 @@ def test_what_is_read_is_what_the_oracle_says(style, byte_model, opt_model):
 
 
 def ample(model: Model, full_layers: int) -> tuple[Model, Strategy]:
-    strategy = Strategy(InfiniGenPaper(alpha=math.inf, budget=1000, full_layers=full_layers), HostStore())
+    strategy = Strategy(InfiniGenPaper(alpha=math.inf, budget=1000, full_layers=full_layers), host())
     return kvjax.calibrated(model, strategy, calibrate(model, np.arange(2 * 20).reshape(2, 20))), strategy
 
 
@@ -440,7 +443,7 @@ def test_ample_generates_as_the_full_cache_token_for_token(byte_model):
 
 
 def test_limited_pool_in_chunks_generates_as_in_one_call(byte_model):
-    strategy = Strategy(InfiniGenPaper(alpha=2.0, budget=6, pool=0.5, full_layers=1), HostStore("device"))
+    strategy = Strategy(InfiniGenPaper(alpha=2.0, budget=6, pool=0.5, full_layers=1), host("device"))
     prompts = [list(range(40, 70)), list(range(60, 80))]
     ready = kvjax.calibrated(byte_model, strategy, calibrate(byte_model, np.array([prompts[0]])))
     whole, chunked = (
@@ -463,20 +466,20 @@ def test_model_without_a_guide_is_refused(byte_model):
 @pytest.mark.parametrize("pool", [None, 12])
 def test_partial_keys_are_those_of_the_keys_in_their_slots(pool):
     """After a prompt in chunks, and after decoding and evicting, with a row that sits out."""
-    strategy = Strategy(InfiniGenPaper(alpha=2.0, budget=6, pool=pool, full_layers=0), HostStore("device"))
+    strategy = Strategy(InfiniGenPaper(alpha=2.0, budget=6, pool=pool, full_layers=0), host("device"))
     tokens, lengths = random_tokens(np.random.default_rng(), 3, 45), np.array([37, 20, 3])
     trace = run(strategy, tokens, lengths, 6, chunk=8, fill=np.nan, active=np.array([True, False, True]))
     columns = np.asarray(guide(strategy).key)
     for kv in (trace.states[0], trace.states[-1]):
-        store = kv.layers[0].store
+        layer = kv.layers[0]
         for row in range(3):
             for head in range(SHAPE.num_kv_heads):
                 held = kept(kv, row, head)
                 assert len(held) == min(int(kv.length[row]), pool or 99)
                 for position, slot in held.items():
-                    np.testing.assert_array_equal(store.k[row, head, slot], tokens.k[row, position, head])
+                    np.testing.assert_array_equal(layer.pool.k[0][row, head, slot], tokens.k[row, position, head])
                     want = tokens.k[row, position, head] @ columns[head]
-                    np.testing.assert_allclose(store.partial[row, head, :, slot], want, atol=1e-5)
+                    np.testing.assert_allclose(layer.own.partial[row, head, :, slot], want, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------------------- victims
@@ -486,9 +489,9 @@ def test_partial_keys_are_those_of_the_keys_in_their_slots(pool):
 def noted_step(policy, kv, q, k, v, active):
     """A step of the driver, and the slots that were staged for it."""
     seen: list = []
-    strategy = Strategy(policy, Recording("device", seen=seen))
-    kv = strategy.look_ahead(-1, lambda: partial_queries(strategy, q), kv, active)
-    _, layer = strategy.decode(kv.layers[0], q, k, v, kv, active, guide(strategy))
+    strategy = Recording(policy, host("device"), seen=seen)
+    ahead = strategy.look_ahead(-1, lambda: partial_queries(guide(strategy), q), kv, active)
+    _, layer = strategy.decode(kv.layers[0], q, k, v, kv.handed(ahead), active, guide(strategy))
     return dataclasses.replace(kv.with_layer(0, layer), length=kv.length + active), seen[0]
 
 
@@ -507,7 +510,7 @@ def test_victims_are_those_of_a_naive_book(policy):
     """
     lengths, steps = np.array([37, 20]), 150
     tokens = random_tokens(np.random.default_rng(5), 2, int(lengths.max()) + steps, sharpness=3.0)
-    strategy = Strategy(policy, HostStore("device"))
+    strategy = Strategy(policy, host("device"))
     kv = strategy.init(SHAPE, lengths, 37, steps)
     valid = np.arange(37) < lengths[:, None]
     _, kv = prefill_call(strategy, True, kv, *(x[:, :37] for x in (tokens.q, tokens.k, tokens.v)), valid)
@@ -553,7 +556,7 @@ def test_victims_are_those_of_a_naive_book(policy):
 @pytest.mark.parametrize("victim", ["counter", "lru"])
 def test_where_everything_is_read_the_oldest_goes(victim):
     """Every token is used in every step there, so the count would be the age and the newest token the least used."""
-    strategy = Strategy(InfiniGenPaper(sinks=0, recent=0, pool=12, victim=victim, full_layers=1), HostStore("device"))
+    strategy = Strategy(InfiniGenPaper(sinks=0, recent=0, pool=12, victim=victim, full_layers=1), host("device"))
     kv = run(strategy, random_tokens(np.random.default_rng(0), 2, 45), np.array([37, 20]), 8).states[-1]
     for row, newest in enumerate((44, 27)):
         assert set(kept(kv, row, 0)) == set(range(newest - 11, newest + 1))
@@ -564,10 +567,10 @@ def test_where_everything_is_read_the_oldest_goes(victim):
 
 def test_books_of_a_selected_fetch_against_a_hand_count():
     """Budget 6 of at most 6 slots in sizes 2, 3, 5, 6; an alpha without end, so that every step wants the budget, or all there is."""
-    strategy = Strategy(InfiniGenPaper(alpha=math.inf, budget=6, partial=0.25, full_layers=0), HostStore())
+    strategy = Strategy(InfiniGenPaper(alpha=math.inf, budget=6, partial=0.25, full_layers=0), host())
     tokens = random_tokens(np.random.default_rng(0), 2, 24)
     kv = run(strategy, tokens, np.array([20, 3]), 4).states[-1]
-    decoded, held, wanted, moved = np.asarray(kv.layers[0].store.traffic).tolist()
+    decoded, held, wanted, moved = np.asarray(kv.layers[0].traffic).tolist()
     assert decoded == 2 * 4
     assert held == 2 * (20 + 21 + 22 + 23 + 3 + 4 + 5 + 6)
     assert wanted == 2 * (4 * 6 + 3 + 4 + 5 + 6)

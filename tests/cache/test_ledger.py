@@ -7,8 +7,6 @@ import pytest
 
 from kvjax.cache import CacheShape, KVState, ledger, parse_strategy
 from kvjax.cache.ledger import Tier, nbytes
-from kvjax.cache.strategy import check_capacity
-from kvjax.errors import InputError
 from kvjax.testing.driver import SHAPE, random_tokens, run
 
 TOKEN = 2 * SHAPE.head_dim * 4  # bytes of one token in one kv head
@@ -108,11 +106,3 @@ def test_empty_state():
     strategy = parse_strategy("full")
     books = ledger(strategy, strategy.init(SHAPE, [10], 10, 6))
     assert (books.device.live, books.logical, books.kept_fraction) == (0, 0, 1.0)
-
-
-def test_capacity_check_speaks_before_tokens_are_lost():
-    strategy, kv = state("full", [20], 4)
-    check_capacity(strategy, kv, 0)
-    with pytest.raises(InputError, match="1 more tokens do not fit: 24 of 24 slots are used"):
-        check_capacity(strategy, kv, 1)
-    check_capacity(*state("h2o(heavy=3,recent=4)", [20], 4), 1000)

@@ -80,7 +80,7 @@ def make(model: Model, spec: str = "full", store: str = "paged", page_size: int 
     Tests that ask for the same share its compiled programs.
     """
     strategy = parse_strategy(spec, store, page_size=page_size)
-    scarce = strategy.policy.kept_tokens(1) is None and store == "paged"
+    scarce = not strategy.policy.evicts and store == "paged"
     memory = "512KiB" if not scarce else "160KiB" if page_size == 64 else "128KiB"
     limits: dict[str, Any] = {"max_num_seqs": 3, "max_model_len": LONGEST, "prefill_chunk": 32, "kv_memory": memory, "extents": 1 + scarce}
     return Engine(model, strategy, **limits | options)
@@ -584,7 +584,7 @@ def test_values_that_overflow_are_noticed(model, prompts):
     engine = make(Model(model.config, params, None))
     engine.add("r", prompts[2], max_tokens=3)
     assert finish(engine).reasons == {("r", 0): NOT_FINITE}
-    assert all(bool(jnp.isfinite(part).all()) for layer in engine._layers for part in layer.store.v)
+    assert all(bool(jnp.isfinite(part).all()) for layer in engine._layers for part in layer.pool.v)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- memory
@@ -671,7 +671,7 @@ def test_options_are_checked(model, options, message):
 
 def compiled_sizes() -> dict[str, int]:
     """How many programs every function of an engine has compiled, with layers unrolled and by calls."""
-    names = ("_unrolled_decode", "_unrolled_chunk", "_before_decode", "_chosen", "_before_chunk", "settle_layer", "copy")
+    names = ("_unrolled_decode", "_unrolled_chunk", "_before_decode", "_chosen", "_before_chunk", "commit_layer", "copy")
     functions = {name: getattr(programs, name) for name in names} | {name: getattr(forward, name) for name in ("_embed", "_block", "_head")}
     return {name: function._cache_size() for name, function in functions.items()}
 

@@ -4,19 +4,18 @@ import numpy as np
 import pytest
 
 from kvjax import Engine, generate
-from kvjax.cache import H2O, DenseStore, Full, Policy, Strategy
+from kvjax.cache import H2O, Full, Policy, Store, Strategy, dense, host, paged
 from kvjax.cache.ledger import nbytes
-from kvjax.cache.stores import KernelDenseStore, KernelHostStore, KernelPagedStore, Store
 from kvjax.calibrate import calibrated
 from kvjax.models import Model
 
-PAGES = KernelPagedStore(16)
+PAGES = paged(16).on("gpu")
 LENGTHS = ((1, 30), (150, 12), (7, 40), (64, 17), (48, 40))  # prompt and max_tokens
 CASES: list[tuple[Policy, Store, bool]] = [
-    (Full(), KernelDenseStore(), False),
+    (Full(), dense().on("gpu"), False),
     (Full(), PAGES, True),
     (H2O(heavy=8, recent=8), PAGES, False),
-    (Full(), KernelHostStore("device"), False),
+    (Full(), host("device").on("gpu"), False),
 ]
 
 
@@ -33,13 +32,13 @@ def test_greedy_tokens_survive_company_and_preemption(model, policy, store, shar
     """Three rows for five requests, one of them with two samples of its prompt; where pages are shared, a prompt comes twice."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 251, length) for length, _ in LENGTHS]
-    rows = generate(model, prompts, strategy=Strategy(policy, DenseStore()), max_new_tokens=40, stop_tokens=()).tokens
+    rows = generate(model, prompts, strategy=Strategy(policy, dense()), max_new_tokens=40, stop_tokens=()).tokens
     expected = {(f"r{i}", 0): row[:new] for i, (row, (_, new)) in enumerate(zip(rows, LENGTHS, strict=True))}
     strategy = Strategy(policy, store)
     engine = Engine(
         calibrated(model, strategy), strategy, kv_memory="1MiB", max_num_seqs=3, max_model_len=200, prefill_chunk=32, prefix_caching=shares
     )
-    held = nbytes([layer.store for layer in engine._layers if store.name != "host"])
+    held = nbytes([(layer.pool.k, layer.pool.v) for layer in engine._layers if store.name != "host"])
     assert held == engine.budget.num_pages * engine.budget.page
     for i, (prompt, (_, new)) in enumerate(zip(prompts, LENGTHS, strict=True)):
         engine.add(f"r{i}", prompt, max_tokens=new, stop_tokens=(), n=1 + (i == 4))

@@ -329,7 +329,7 @@ class Device:
         self._arguments: collections.deque = collections.deque(maxlen=16)
 
     def install(self, monkeypatch):
-        for name in ("decode", "prefill", "stage", "settle", "begin", "copy"):
+        for name in ("decode", "prefill", "stage", "commit", "begin", "copy"):
             monkeypatch.setattr(programs, name, getattr(self, name))
 
     def decode(self, _, params, layers, tokens, packed, sampling):
@@ -374,8 +374,8 @@ class Device:
         self.staging[start:end] = chunk[0, : end - start].tolist()
         return staging, tuple(self.staging[:end])
 
-    def settle(self, _, context, params, layers, staging, packed):
-        self._note("settle", packed, context)
+    def commit(self, _, context, params, layers, staging, packed):
+        self._note("commit", packed, context)
         row, length, prompt_length, _, table = self._unpacked(packed[0])
         if row < self.rows:
             assert length == prompt_length <= context

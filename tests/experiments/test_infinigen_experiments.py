@@ -23,7 +23,7 @@ def record(strategy, answered=("1111", "1110"), settings=SMALL, **changes):
     """What a study reads of a record."""
     share = np.array([[int(hit) for hit in row] for row in answered])
     depths = [0.0, 0.25, 0.5, 0.75]
-    guesses = strategy.policy.speculates
+    guesses = strategy.policy.guesses
     return {
         "settings": dataclasses.asdict(settings), "model_id": "bytes", "dtype": "float32", "strategy": strategy.describe(),
         "task_recall": float(share.mean()), "depths": depths, "answered": list(answered), "read_fraction": 0.5,

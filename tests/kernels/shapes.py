@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+
 from kvjax.kernels.dispatch import Name
 
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from kvjax.cache import H2O, Strategy
 from kvjax.kernels.dispatch import UnsupportedError, interpreted
 from kvjax.kernels.h2o_evict import h2o_evict, mosaic_gpu, xla
 from kvjax.kernels.paged_attention import Statistics
-
-from kvjax.cache import H2O, Strategy
 from kvjax.testing.driver import decode_call, random_tokens, run
 from tests.kernels.h2o_evict.cases import CASES, Case, outcome, problem, verify
 
@@ -31,7 +31,7 @@ class TestH2OEvict:
         strategy = Strategy(H2O(heavy=6, recent=5))
         tokens = random_tokens(rng, len(lengths), int(lengths.max()) + steps)
         kv = run(strategy, tokens, lengths, 0).states[-1]
-        rows = Rows.adopt(kv.layers[0], len(lengths))
+        rows = Rows.adopt(kv.layers[0])
         batch = len(lengths)
         budget, recent, active = np.full(batch, 11), np.full(batch, 5), np.ones(batch, bool)
         for step in range(steps):
@@ -41,7 +41,7 @@ class TestH2OEvict:
             rows.write(k, now)
             given = rows.position, rows.score, rows.attend(q), now + 1, budget, recent, active
             rows.position, rows.score, rows.slot = (np.array(x) for x in outcome(h2o_evict, given, implementation))
-            want = Rows.adopt(kv.layers[0], batch)
+            want = Rows.adopt(kv.layers[0])
             assert rows.positions() == want.positions(), f"step {step}"
             np.testing.assert_allclose(rows.scores(), want.scores(), rtol=1e-5, atol=1e-6)
 
@@ -140,13 +140,12 @@ class Rows:
     slot: np.ndarray
 
     @staticmethod
-    def adopt(layer, batch: int) -> "Rows":
+    def adopt(layer) -> "Rows":
         """Of a dense layer of the strategy."""
         more = ((0, 0), (0, 0), (0, -layer.position.shape[-1] % 128))
-        k = np.asarray(layer.store.k).swapaxes(1, 2)
-        k = np.pad(k.reshape(batch, -1, *k.shape[1:]), (*more, (0, 0)))
+        k = np.pad(np.asarray(layer.pool.k[0]).swapaxes(2, 3), (*more, (0, 0)))
         position = np.pad(layer.position, more, constant_values=-1)
-        return Rows(k, position, np.pad(layer.score, more), np.array(layer.next_slot))
+        return Rows(k, position, np.pad(layer.own, more), np.array(layer.next_slot))
 
     def write(self, k: np.ndarray, length: np.ndarray) -> None:
         """A token's keys [B, Hkv, D]; its position is `length`."""

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
 from kvjax.kernels import dispatch
 from kvjax.kernels.paged_attention import api, dense_attention, mosaic_gpu, mosaic_tpu, paged_attention
 from kvjax.kernels.paged_attention.base import NEG_INF
-
-from kvjax.cache.attention import causal_attention
 from tests.kernels.paged_attention.cases import CASES, Case, arguments, check, expected, padded, run, supported, verify
 from tests.kernels.proof import TOLERANCE, somehow
 
@@ -59,7 +58,7 @@ class TestPagedAttention:
         pages = args["block_tables"][0, slots // case.page_size]
         k, v = (args[name][pages, :, slots % case.page_size][None] for name in ("k_pages", "v_pages"))
         q = np.concatenate([np.zeros((1, 20, 6, 16), np.float32), args["q"][:, None]], 1)
-        np.testing.assert_allclose(expected(args)[0], jax.jit(causal_attention)(q, k, v)[:, -1], **TOLERANCE["float32"])
+        np.testing.assert_allclose(expected(args)[0], jax.nn.dot_product_attention(q, k, v, is_causal=True)[:, -1], **TOLERANCE["float32"])
 
 
 class TestTheTestsCanFail:

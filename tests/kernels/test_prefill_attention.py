@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from kvjax.kernels.attention import Mask, Observe, attention, tokens
 from kvjax.kernels.dispatch import UnsupportedError
 from kvjax.kernels.prefill_attention import api, column_mass, mosaic_gpu, mosaic_tpu, prefill_attention, xla
 from kvjax.kernels.prefill_attention.mosaic_gpu import Config
-
-from kvjax.cache.attention import prompt_attention
-from kvjax.cache.policies import Policy
 from tests.kernels.prefill_attention import reference
 from tests.kernels.prefill_attention.cases import (
     BLOCK,
@@ -100,11 +99,11 @@ class TestColumnMass:
         verify_mass(Case(counts=(260,), kv_heads=1, group=1, dim=128), rng, "mosaic_gpu")
 
     def test_is_the_score_of_a_prompt(self, rng):
-        """What H2O's policy adds up over the blocks of the library's own prompt attention."""
+        """What H2O's policy is given of a prompt where no kernel runs."""
         given = problem(Case(counts=(150, 40), dtype="float32"), rng)
-        library = jax.jit(partial(prompt_attention, rules=(partial(Policy.group_mass, None),), block=64))
+        library = jax.jit(lambda q, k, v, counts: attention(q, tokens(k, v), Mask(counted=counts), observe=[Observe()]).observed)
         q, k, v = (np.nan_to_num(x) for x in (given.q, given.k, given.v))
-        _, (want,) = library(q, k, v, given.counts)
+        (want,) = library(q, k, v, given.counts)
         _, lse = call(prefill_attention, "xla", given.q, given.k, given.v, given.start, given.count)
         mass = call(column_mass, "xla", given.q, given.k, lse, given.start, given.count)
         np.testing.assert_allclose(mass, want, atol=MASS_TOLERANCE, rtol=MASS_TOLERANCE)

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kvjax.kernels import dispatch
-from kvjax.kernels.prefill_attention import mosaic_gpu
 
 from kvjax import score
-from kvjax.cache import CacheShape, DenseStore, parse_strategy
-from kvjax.cache.attention import summed_mass
-from kvjax.cache.stores import KernelDenseStore, KernelStore
+from kvjax.cache import CacheShape, dense, parse_strategy
 from kvjax.generation import as_strategy, run_prefill
+from kvjax.kernels import dispatch
+from kvjax.kernels.attention import Mask, Observe, attention
+from kvjax.kernels.prefill_attention import mosaic_gpu
 from kvjax.models import BUNDLED, Model, ModelConfig, parameters
 from tests.kernels.prefill_attention.cases import MASS_TOLERANCE, WARPGROUPS
 from tests.kernels.proof import TOLERANCE
@@ -44,7 +43,6 @@ def test_steps_have_the_logits_of_a_cpu(spec, page_size, kernel, rng):
     tokens = rng.integers(0, TINY.vocab_size, (2, PROMPT + STEPS))
     want = np.asarray(score(model, tokens, prompt_len=PROMPT, strategy=strategy))
     with dispatch.interpreted(kernel):
-        assert isinstance(as_strategy(strategy).store, KernelStore)
         assert as_strategy(strategy).store.platform == kernel[-3:]
         got = np.asarray(score(model, tokens, prompt_len=PROMPT, strategy=strategy))
     np.testing.assert_array_equal(got.argmax(-1), want.argmax(-1))
@@ -70,7 +68,7 @@ def test_prompt_is_that_of_a_cpu(rng):
     slots = one.position.shape[-1]
     np.testing.assert_array_equal(other.position[..., :slots], one.position)
     held = np.asarray(one.position) >= 0
-    scores, wanted = np.asarray(other.score)[..., :slots][held], np.asarray(one.score)[held]
+    scores, wanted = np.asarray(other.own)[..., :slots][held], np.asarray(one.own)[held]
     np.testing.assert_allclose(scores, wanted, rtol=MASS_TOLERANCE, atol=MASS_TOLERANCE)
     np.testing.assert_allclose(got, want, **TOLERANCE["float16"])
 
@@ -83,14 +81,16 @@ def test_chunk_of_a_prompt_is_that_of_a_cpu(rng):
     q, k, v = (jnp.asarray(rng.standard_normal((2, 24, heads, 64)), jnp.float16) for heads in (2, 1, 1))
 
     def chunk(store):
-        held = jnp.arange(24) < (start + valid.sum(-1))[:, None]
-        layer = store.fill(store.init(shape, 2, 40), None, k, v, held)
-        attend = jax.jit(lambda layer, q: store.attend_chunk(layer, None, q, start, valid, 24, summed_mass))
-        out, mass = attend(layer, q[:, :8])
-        return np.where(valid[..., None, None], out, 0).astype(np.float32), np.where(held[:, None], mass, 0)
+        length = start + valid.sum(-1)
+        held = jnp.arange(24) < length[:, None]
+        pool = store.init(shape, 2, 40).filled(None, k, v, held)
+        mask = Mask(start[:, None] + jnp.arange(8), length=length, counted=valid)
+        attend = jax.jit(lambda pool, q: attention(q, pool.keys(None, 24), mask, observe=[Observe()]))
+        found = attend(pool, q[:, :8])
+        return np.where(valid[..., None, None], found.out, 0).astype(np.float32), np.where(held[:, None], found.observed[0], 0)
 
-    want, mass = chunk(DenseStore())
+    want, mass = chunk(dense())
     with dispatch.interpreted("mosaic_gpu", threads=WARPGROUPS):
-        got, found = chunk(KernelDenseStore())
+        got, found = chunk(dense().on("gpu"))
     np.testing.assert_allclose(got, want, **TOLERANCE["float16"])
     np.testing.assert_allclose(found, mass, rtol=MASS_TOLERANCE, atol=MASS_TOLERANCE)

@@ -64,7 +64,7 @@ class Naive:
     def look_ahead(self, layer, queries, kv):
         following = layer + 1
         if following == len(self.keys) or following < self.policy.full_layers or not self.keys[following][0][0]:
-            return kv
+            return
         guessed = np.asarray(queries(), np.float64)  # [B, Hkv, G, P]
         join = np.max if self.policy.group == "max" else np.mean
         self.chosen[following] = []
@@ -74,7 +74,6 @@ class Naive:
             ranked = [self.ranked(x, most) for x in logits]
             count = min(max(int(np.mean([len(fixed) + near for fixed, _, near in ranked])), 1), most)
             self.chosen[following].append([{*fixed, *order[: count - len(fixed)]} for fixed, order, _ in ranked])
-        return kv
 
     def ranked(self, logits, most):
         """The tokens that are always read where `most` may be, the others by their logits, and how many of those are near the highest."""
@@ -85,7 +84,7 @@ class Naive:
         near = sum(logits[p] > logits[order[0]] - self.policy.alpha for p in order)
         return fixed, order, near
 
-    def attend(self, layer, q, k, v, kv, guide):
+    def attend(self, layer, q, k, v, kv, guide, ahead):
         q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
         partial = np.einsum("bsnd,ndp->bsnp", k, np.asarray(guide.key, np.float64))
         out = np.zeros_like(q)

@@ -14,6 +14,7 @@ from kvjax.quality.speculation import audit
 
 PROMPTS = ["def main():\n    return 1\n", "import os\nimport sys\n\n"]
 SPECS = ["full", "h2o(heavy=4,recent=4)+paged", "oracle_topk(k=0.3)", "infinigen(budget=0.5,full_layers=1)"]
+EVICT = ["tova(budget=6)", "random(budget=6)", "h2o(heavy=4,recent=4)+host"]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def models(request):
 
     def prepared(spec: str):
         strategy = as_strategy(spec)
-        model = kvjax.calibrated(byte_model, strategy) if strategy.policy.speculates else byte_model
+        model = kvjax.calibrated(byte_model, strategy) if strategy.policy.guesses else byte_model
         return strategy, model, dataclasses.replace(model, stringing="calls")
 
     return prepared
@@ -34,7 +35,7 @@ def test_deep_models_take_calls_on_a_cpu(byte_model):
     assert default_stringing(dataclasses.replace(byte_model.config, num_layers=UNROLLED_LAYERS + 1)) == "calls"
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS + EVICT)
 def test_calls_give_what_unrolled_layers_give(models, spec):
     strategy, unrolled, calls = models(spec)
     a, b = (kvjax.generate(m, PROMPTS, strategy=strategy, max_new_tokens=9, steps_per_call=4) for m in (unrolled, calls))
@@ -73,7 +74,7 @@ def test_an_engine_by_calls_gives_the_same_tokens(models, spec):
 
 
 def test_prompts_staged_once_are_what_every_strategy_would_have_made(models):
-    specs = [*SPECS, "h2o(heavy=3,recent=2,group=max)", "streaming(sinks=2,window=5)"]
+    specs = [*SPECS, *EVICT, "h2o(heavy=3,recent=2,group=max)", "streaming(sinks=2,window=5)"]
     strategies = [as_strategy(spec) for spec in specs]
     guided = {spec: models(spec)[1] for spec in specs}
     rng = np.random.default_rng(3)

@@ -4,10 +4,10 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from kvjax.cache.policies.base import PROTECTED, Amount, Policy, Slots, check_amount, halves, tokens, total
+from kvjax.cache.policies.base import PROTECTED, Amount, Policy, Slots, TopMass, check_amount, halves, tokens, total
 from kvjax.errors import SpecError
+from kvjax.kernels.attention import Observe
 
 GroupReduction = Literal["sum", "first", "max"]
 
@@ -31,8 +31,6 @@ class H2O(Policy):
     recent: Amount = 0.1
     decode: bool = True
     group: GroupReduction = "sum"
-
-    observes = True
 
     def __post_init__(self):
         check_amount("h2o", "heavy", self.heavy)
@@ -59,25 +57,14 @@ class H2O(Policy):
     def total_budget(self) -> Amount | None:
         return total(self.heavy, self.recent)
 
-    def group_mass(self, weights: Float[Array, "... G Q C"], scale: Float[Array, "... G Q"]) -> Float[Array, "... C"]:
-        if self.group == "first":
-            return super().group_mass(weights[..., :1, :, :], scale[..., :1, :])
-        if self.group == "max":
-            return (weights * scale[..., None]).max(-3).sum(-2)
-        return super().group_mass(weights, scale)
+    @property
+    def observes(self) -> Observe:
+        return Observe(group=self.group)
 
     @property
-    def sums_mass(self) -> bool:
-        return self.group == "sum" and type(self).group_mass is H2O.group_mass
-
-    def fused_eviction(self, prompt_length: Any) -> tuple[Any, Any] | None:
-        """For the rule of the paper alone: what a subclass may change is asked for one by one."""
-        mine, plain = type(self), Policy
-        ranks = mine.priority is H2O.priority and mine.observe is plain.observe and mine.initial_score is plain.initial_score
-        if not (self.decode and self.sums_mass and ranks and mine.readable is plain.readable):
-            return None
-        return self.kept_tokens(prompt_length), tokens(self.recent, prompt_length)
+    def rule(self) -> TopMass | None:
+        return TopMass(self.recent) if self.decode and self.group == "sum" else None
 
     def priority(self, slots: Slots):
         is_recent = slots.position >= slots.length - tokens(self.recent, slots.prompt_length)
-        return jnp.where(is_recent, PROTECTED, slots.score)
+        return jnp.where(is_recent, PROTECTED, slots.own)

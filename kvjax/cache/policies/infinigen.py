@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache.attention import NEG_INF
-from kvjax.cache.policies.base import PROTECTED, Amount, FusedSelection, Policy, Slots, check_amount, tokens
+from kvjax.cache.policies.base import NO_GUIDE, PROTECTED, Amount, NearTop, Policy, Seen, Selection, Slots, View, check_amount, tokens
+from kvjax.cache.state import CacheShape
 from kvjax.errors import SpecError
+from kvjax.kernels.attention import NEG_INF
 from kvjax.kernels.speculate.base import log_mass
 
 Columns = Literal["product", "sum", "query", "union"]
@@ -20,6 +21,20 @@ Victim = Literal["counter", "lru", "fifo"]
 
 SET_ASIDE = 2.0**100
 """The least priority of a token that stays in a pool whatever its statistic says."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Books:
+    """What InfiniGen keeps of every slot.
+
+    Attributes:
+      partial: partial keys; None in layers that read everything.
+      use: how often, or when last, a token was fetched; None without a pool that is bounded by it.
+    """
+
+    partial: Float[Array, "B Hkv P C"] | None
+    use: Float[Array, "B Hkv C"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +93,8 @@ class InfiniGen(Policy):
     full_layers: int = dataclasses.field(default=2, metadata=dict(switch=True))
     loss: float | None = None
 
-    speculates = True
-    home = "host"
+    selects = "ahead"
+    fetches = True
     usual_alpha: ClassVar[float] = 8.0
 
     def __post_init__(self):
@@ -125,11 +140,7 @@ class InfiniGen(Policy):
         return self.alpha
 
     @property
-    def exact(self) -> bool:
-        return False
-
-    @property
-    def keeps_score(self) -> bool:
+    def tracks_use(self) -> bool:
         return self.pool is not None and self.victim != "fifo"
 
     def with_budget(self, amount: Amount) -> "InfiniGen":
@@ -138,17 +149,50 @@ class InfiniGen(Policy):
     def total_budget(self) -> Amount:
         return self.budget
 
+    def with_kept(self, amount: int | None) -> "InfiniGen":
+        return dataclasses.replace(self, pool=amount)
+
+    def most_read(self, prompt_length: int, held: int) -> int:
+        return min(tokens(self.budget, held), held)
+
+    def unbounded(self) -> "InfiniGen":
+        return dataclasses.replace(self, budget=1.0)
+
+    def before_reading(self) -> "InfiniGen":
+        plain = InfiniGen()
+        only_read = ["alpha", "budget", "count", "group", "correction"] + (["sinks", "recent"] if self.pool is None else [])
+        return dataclasses.replace(self, **{name: getattr(plain, name) for name in only_read})
+
     def ample(self, amount: int) -> "InfiniGen":
         return dataclasses.replace(self, budget=amount, alpha=math.inf, loss=None, pool=None)
 
     # ------------------------------------------------------------------------------------------------------------------ what is read
 
-    def select(
-        self, guess: Float[Array, "B Hkv G C"], position: Int[Array, "B h C"], length: Int[Array, " B"]
-    ) -> tuple[Int[Array, "B Hkv K"], Int[Array, " B"]]:
+    def init_own(self, shape: CacheShape, rows: int, slots: int, layer: int) -> Books:
+        size = (rows, shape.num_kv_heads, self.partial_columns(shape.head_dim), slots)
+        partial = jnp.zeros(size, shape.dtype) if layer >= self.full_layers else None
+        return Books(partial, jnp.zeros((rows, shape.num_kv_heads, slots), jnp.float32) if self.tracks_use else None)
+
+    def initial(self, k: Float[Array, "B S Hkv D"], v: Float[Array, "B S Hkv D"], guide: Any) -> Books:
+        if guide is None:
+            raise SpecError(f"{self.describe()} {NO_GUIDE}")
+        partial = jnp.einsum("bsnd,ndp->bnps", k, guide.key).astype(k.dtype)
+        return Books(partial, jnp.zeros((k.shape[0], k.shape[2], k.shape[1]), jnp.float32) if self.tracks_use else None)
+
+    def selects_by(self, own: Books) -> bool:
+        return own.partial is not None
+
+    def guess(self, view: View) -> Float[Array, "B Hkv G C"]:
+        if view.queries is None:
+            raise SpecError(f"{self.describe()} {NO_GUIDE}")
+        return jnp.einsum("bngp,bnpc->bngc", view.queries, view.own.partial, preferred_element_type=jnp.float32)
+
+    def choose(
+        self, logits: Float[Array, "B Hkv G C"], position: Int[Array, "B h C"], length: Int[Array, " B"], prompt_length: Int[Array, " B"]
+    ) -> Selection:
         always = self.always_read(position, length)
         open_slots = (position >= 0) & ~always
-        joined = jnp.where(open_slots, self._joined(guess, position >= 0), NEG_INF)
+        joined = jnp.where(open_slots, self._joined(logits, position >= 0), NEG_INF)
         if self.group == "mass":
             near = open_slots & (joined > -self.threshold)
         else:
@@ -158,8 +202,8 @@ class InfiniGen(Policy):
         mean = counts.sum(-1) // counts.shape[-1] if self.count == "request" else jnp.full(counts.shape[:1], counts.sum() // counts.size)
         most = self._most(position)
         count = jnp.clip(mean, jnp.minimum(1, most), most)
-        _, slot = jax.lax.top_k(jnp.where(always, jnp.inf, joined), self._limit(guess.shape[-1]))
-        return slot.astype(jnp.int32), count.astype(jnp.int32)
+        _, slot = jax.lax.top_k(jnp.where(always, jnp.inf, joined), self._limit(logits.shape[-1]))
+        return Selection(slot.astype(jnp.int32), count.astype(jnp.int32))
 
     def _joined(self, guess: Float[Array, "B Hkv G C"], visible: Bool[Array, "B h C"]) -> Float[Array, "B Hkv C"]:
         """What the query heads of a kv head want together; anything where there is no token."""
@@ -170,12 +214,13 @@ class InfiniGen(Policy):
     def always_read(self, position: Int[Array, "B h C"], length: Int[Array, " B"]) -> Bool[Array, "B h C"]:
         return (position >= 0) & self._set_aside(position, length[:, None, None], self._most(position)[:, None, None])
 
-    def fused_selection(self, position: Int[Array, "B h C"], length: Int[Array, " B"]) -> FusedSelection | None:
+    def near_top(self, view: View) -> NearTop | None:
         """For counts of every request, and heads joined as the kernel can; with alpha=0 equals count here, and not in the kernel."""
-        if type(self).select is not InfiniGen.select or self.count != "request" or self.group == "mean" or not self.threshold:
+        if self.count != "request" or self.group == "mean" or not self.threshold or view.queries is None:
             return None
-        always = self.always_read(position, length) if self.sinks or self.recent else None
-        return FusedSelection(float(self.threshold), self._most(position), self._limit(position.shape[-1]), always, self.group)
+        always = self.always_read(view.position, view.length) if self.sinks or self.recent else None
+        most, limit = self._most(view.position), self._limit(view.position.shape[-1])
+        return NearTop(view.queries, view.own.partial, float(self.threshold), most, limit, always, self.group)
 
     def _set_aside(self, position: Int[Array, "B h C"], length: Int[Array, "B 1 1"], most: Int[Array, "B 1 1"]) -> Bool[Array, "B h C"]:
         """The first and the last of `length` tokens that are to stay, where `most` may: half of those at most are set aside."""
@@ -201,13 +246,16 @@ class InfiniGen(Policy):
     def kept_tokens(self, prompt_length: Any) -> Any:
         return None if self.pool is None else tokens(self.pool, prompt_length)
 
-    def observe_use(self, score: Float[Array, "B h C"], used: Bool[Array, "B h C"], length: Int[Array, "B 1 1"]) -> Float[Array, "B h C"]:
-        return jnp.where(used, score + 1 if self.victim == "counter" else length.astype(jnp.float32), score)
+    def observe(self, own: Books, seen: Seen) -> Books:
+        if own.use is None or seen.used is None:
+            return own
+        fresh = own.use + 1 if self.victim == "counter" else seen.length.astype(jnp.float32)
+        return dataclasses.replace(own, use=jnp.where(seen.used, fresh, own.use))
 
     def priority(self, slots: Slots):
         age = slots.position.astype(jnp.float32)
         newer = age / (slots.length + 1)
-        ranked = age if self.victim == "fifo" else slots.score + newer  # scores are whole numbers: between equals the newer stays
+        ranked = age if slots.own.use is None else slots.own.use + newer  # uses are whole numbers: between equals the newer stays
         if self.sinks or self.recent:
             aside = self._set_aside(slots.position, slots.length, self.kept_tokens(slots.prompt_length))
             ranked = jnp.where(aside, SET_ASIDE * (1 + newer), ranked)

@@ -4,10 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from kvjax.cache.policies.base import Amount, Policy, check_amount, tokens
+from kvjax.cache.policies.base import Amount, Policy, Selection, check_amount, tokens
 from kvjax.errors import SpecError
+from kvjax.kernels.attention import NEG_INF
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,7 @@ class OracleTopK(Policy):
     k: Amount = 0.2
 
     name = "oracle_topk"
+    selects = "keys"
 
     def __post_init__(self):
         check_amount("oracle_topk", "k", self.k)
@@ -32,9 +34,16 @@ class OracleTopK(Policy):
     def total_budget(self) -> Amount:
         return self.k
 
-    def readable(self, logits: Float[Array, "B Hkv G C"], prompt_length: Int[Array, " B"]) -> Bool[Array, "B Hkv 1 C"]:
-        mass = jax.nn.softmax(logits, axis=-1).sum(-2)
-        slots = jnp.broadcast_to(jnp.arange(mass.shape[-1]), mass.shape)
-        _, by_rank = jax.lax.sort((-mass, slots), num_keys=1, is_stable=True)
-        rank = jnp.argsort(by_rank, axis=-1)
-        return (rank < tokens(self.k, prompt_length)[:, None, None])[:, :, None]
+    def most_read(self, prompt_length: int, held: int) -> int:
+        return min(tokens(self.k, prompt_length), held)
+
+    def before_reading(self) -> "OracleTopK":
+        return OracleTopK()
+
+    def choose(
+        self, logits: Float[Array, "B Hkv G C"], position: Int[Array, "B h C"], length: Int[Array, " B"], prompt_length: Int[Array, " B"]
+    ) -> Selection:
+        mass = jax.nn.softmax(jnp.where((position >= 0)[:, :, None], logits, NEG_INF), axis=-1).sum(-2)
+        capacity = mass.shape[-1]
+        _, slot = jax.lax.top_k(mass, min(tokens(self.k, capacity), capacity))
+        return Selection(slot.astype(jnp.int32), tokens(self.k, prompt_length))

@@ -1,4 +1,4 @@
-"""The paged store: the conformance kit over it, pages with several readers, prompts in chunks, extents, and its bytes in the ledger."""
+"""Pages: the conformance kit over them, pages with several readers, prompts in chunks, extents, and their bytes in the ledger."""
 
 import dataclasses
 import re
@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.cache import H2O, Full, KVState, OracleTopK, PagedStore, Policy, Strategy, Streaming, ledger
-from kvjax.cache.attention import causal_attention
+from kvjax.cache import H2O, Full, KVState, OracleTopK, Policy, Store, Strategy, Streaming, ledger, paged
 from kvjax.cache.ledger import Tier
-from kvjax.cache.stores import page_table, paged
-from kvjax.cache.stores.paged import extent_sizes
+from kvjax.cache.pool import extent_sizes, page_table
 from kvjax.errors import SpecError
+from kvjax.kernels.attention import Mask, attention, xla_cpu
 from kvjax.testing import CHECKS, check_strategy
 from kvjax.testing.driver import SHAPE, Tokens, decode_call, random_tokens, run
 
@@ -30,13 +29,13 @@ ALL = tuple(CHECKS)
 DONATION = "donation_leaves_no_copy"
 QUICK = tuple(check for check in CHECKS if check != DONATION)  # it compiles four programs
 LAYOUT = ("equals_masked_full_attention", "bounded_chunks_stay_bounded", "unused_memory_never_leaks")
-CASES: list[tuple[Policy, PagedStore, tuple[str, ...]]] = [
-    (FULL, PagedStore(16), ALL),
-    (HEAVY, PagedStore(16), QUICK),
-    (STREAMING, PagedStore(16), LAYOUT),
-    (TOP, PagedStore(16), LAYOUT),
-    *((policy, PagedStore(8, extents=3), LAYOUT) for policy in (FULL, HEAVY, TOP)),
-    (HEAVY, PagedStore(64, extents=3), ("equals_masked_full_attention", DONATION)),
+CASES: list[tuple[Policy, Store, tuple[str, ...]]] = [
+    (FULL, paged(16), ALL),
+    (HEAVY, paged(16), QUICK),
+    (STREAMING, paged(16), LAYOUT),
+    (TOP, paged(16), LAYOUT),
+    *((policy, paged(8, extents=3), LAYOUT) for policy in (FULL, HEAVY, TOP)),
+    (HEAVY, paged(64, extents=3), ("equals_masked_full_attention", DONATION)),
 ]
 KEEPS_EVERYTHING = {"budget_holds_and_nothing_returns", "protected_survive_ties", "bounded_chunks_stay_bounded"}
 
@@ -46,7 +45,7 @@ def test_built_in_policy_conforms(policy, store, checks):
     report = check_strategy(policy, store, checks=checks)
     assert [outcome.name for outcome in report.outcomes] == list(checks)
     skipped = {outcome.name for outcome in report.outcomes if outcome.skipped}
-    assert skipped == (KEEPS_EVERYTHING & set(checks) if policy.kept_tokens(1) is None else set())
+    assert skipped == (KEEPS_EVERYTHING & set(checks) if not policy.evicts else set())
 
 
 # -------------------------------------------------------------------------------------------------------------------- shared pages
@@ -59,7 +58,7 @@ def test_rows_that_share_pages_decode_as_if_they_were_alone(policy, readers, ext
     """Rows of one prefix, among them one that shares only its first page, between a row of its own and a seat without pages."""
     size, prefix, steps = 8, 3, 12
     rng = np.random.default_rng(readers)
-    store = PagedStore(size, extents)
+    store = paged(size, extents)
     strategy = Strategy(policy, store)
     lengths = np.array([21, *(24 + np.arange(readers) * 5)[::-1], 13, 0], np.int32)  # the last reader's prompt is the prefix itself
     shares = np.array([0, *[prefix] * readers, 1, 0])
@@ -70,7 +69,8 @@ def test_rows_that_share_pages_decode_as_if_they_were_alone(policy, readers, ext
     tokens = Tokens(*(np.where(same, x[1], x) for x in (tokens.q, tokens.k, tokens.v)))
 
     kv = strategy.init(SHAPE, lengths, int(lengths.max()), steps, fill=np.nan)
-    num_pages, most = kv.shared.owner.shape[0], kv.shared.pages.shape[1]
+    assert kv.table is not None
+    num_pages, most = kv.table.owner.shape[0], kv.table.pages.shape[1]
     free = list(rng.permutation(num_pages))
     table = np.full((batch, most), num_pages, np.int32)
     table[1, :prefix] = [free.pop() for _ in range(prefix)]
@@ -79,13 +79,15 @@ def test_rows_that_share_pages_decode_as_if_they_were_alone(policy, readers, ext
         own = range(shares[row], store.pages_of(int(lengths[row]) + steps))
         table[row, own] = [free.pop() for _ in own]
     assert free
-    kv = dataclasses.replace(kv, shared=page_table(jnp.asarray(table), num_pages), length=jnp.asarray(lengths))
+    shared = page_table(jnp.asarray(table), num_pages)
+    kv = dataclasses.replace(kv, table=shared, length=jnp.asarray(lengths))
 
     fresh = (at < lengths[:, None]) & (at >= np.where(np.arange(batch) == 1, 0, shares * size)[:, None])  # row 1 writes what is shared
     layer = kv.layers[0]
-    filled = store.write_chunk(layer.store, kv.shared, jnp.zeros(batch, jnp.int32), tokens.k, tokens.v, jnp.asarray(fresh))
-    filled = store.poison(filled, kv.shared, jnp.zeros((batch, HEADS, most * size), bool))
-    kv = kv.with_layer(0, dataclasses.replace(layer, store=filled))
+    slot = jnp.broadcast_to(jnp.asarray(at)[:, None], (batch, len(at), 1))
+    filled = layer.pool.put(shared, slot, tokens.k, tokens.v, jnp.asarray(fresh)[..., None])
+    filled = filled.poisoned(shared, jnp.zeros((batch, HEADS, most * size), bool))
+    kv = kv.with_layer(0, dataclasses.replace(layer, pool=filled))
 
     active = lengths > 0
     alone = run(Strategy(policy), tokens.rows(active), lengths[active], steps).outs
@@ -109,30 +111,30 @@ def test_rows_that_share_pages_decode_as_if_they_were_alone(policy, readers, ext
 def test_attention_of_a_chunk_is_causal_attention(starts, sizes, extents, page_size):
     """Chunks that begin anywhere, over more slots than are read at a time; keys of slots not written yet are NaN."""
     size, longest = 24, 400
-    assert longest > 3 * paged.SLOTS_AT_A_TIME
+    assert longest > 3 * xla_cpu.SLOTS_AT_A_TIME
     starts, sizes = np.array(starts, np.int32), np.array(sizes)
     rng = np.random.default_rng(0)
-    store = PagedStore(page_size, extents)
+    store = paged(page_size, extents)
     tokens = random_tokens(rng, len(starts), longest)
-    layer = store.init(SHAPE, len(starts), longest, fill=np.nan)
-    pages = store.share(len(starts), longest).pages
-    shared = page_table(jnp.asarray(rng.permutation(pages.size).astype(np.int32).reshape(pages.shape)), pages.size)
+    pool = store.init(SHAPE, len(starts), longest, fill=np.nan)
+    pages = store.table(len(starts), longest).pages
+    table = page_table(jnp.asarray(rng.permutation(pages.size).astype(np.int32).reshape(pages.shape)), pages.size)
 
-    layer = store.fill(layer, shared, tokens.k, tokens.v, np.arange(longest) < starts[:, None])
+    pool = pool.filled(table, tokens.k, tokens.v, np.arange(longest) < starts[:, None])
     valid = np.arange(size) < sizes[:, None]
     at = np.minimum(starts[:, None] + np.arange(size), longest - 1)
     q, k, v = (x[np.arange(len(starts))[:, None], at] for x in (tokens.q, tokens.k, tokens.v))
-    layer = store.write_chunk(layer, shared, starts, k, v, valid)
-    out, mass = chunk_call(store, layer, shared, q, starts, valid)
-    want = np.asarray(causal_attention(tokens.q, tokens.k, tokens.v))
-    assert mass is None
+    slot = jnp.asarray(starts[:, None] + np.arange(size), jnp.int32)
+    pool = pool.put(table, slot[..., None], k, v, valid[..., None])
+    out = chunk_call(pool.keys(table), q, slot, jnp.asarray(starts + sizes, jnp.int32))
+    want = np.asarray(jax.nn.dot_product_attention(tokens.q, tokens.k, tokens.v, is_causal=True))
     for row, (start, count) in enumerate(zip(starts, sizes, strict=True)):
         np.testing.assert_allclose(out[row, :count], want[row, start : start + count], atol=TOLERANCE, rtol=0)
 
 
-@partial(jax.jit, static_argnums=0)
-def chunk_call(store, layer, shared, q, length, valid):
-    return store.attend_chunk(layer, shared, q, length, valid, None, None)
+@jax.jit
+def chunk_call(keys, q, slot, length):
+    return attention(q, keys, Mask(slot, length=length), implementation="xla_cpu").out
 
 
 # ------------------------------------------------------------------------------------------------------------ tables and extents
@@ -164,9 +166,8 @@ def test_extents_make_up_the_pool():
             assert min(sizes) > 0
             assert len(sizes) == extents if num_pages >= 2 ** (extents - 1) else len(sizes) < extents
             assert all(sizes[i] >= sum(sizes[:i]) for i in range(1, len(sizes)))
-            pool = jax.eval_shape(partial(PagedStore(4, extents).pool, SHAPE, num_pages))
+            pool = jax.eval_shape(partial(paged(4, extents).pool, SHAPE, num_pages, 4))
             assert [part.shape[0] for part in pool.k] == [part.shape[0] for part in pool.v] == list(sizes)
-            assert pool.extents == [(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
 
 
 def test_page_table():
@@ -187,7 +188,7 @@ def test_page_table_knows_any_id_beyond_the_pool_as_no_page():
 
 def test_page_without_slots_is_refused():
     with pytest.raises(SpecError, match="page_size=0: a page holds at least one slot; 8 to 128 are usual"):
-        PagedStore(0)
+        paged(0)
 
 
 # -------------------------------------------------------------------------------------------------------- extents that are not read
@@ -195,13 +196,13 @@ def test_page_without_slots_is_refused():
 
 def pool_of(pages: list[list[int]], extents: int, num_pages: int = 64) -> tuple[Strategy, KVState, Tokens]:
     """Full-cache rows of 20 tokens in these pages of 8 slots."""
-    store = PagedStore(8, extents)
+    store = paged(8, extents)
     tokens = random_tokens(np.random.default_rng(1), len(pages), 21)
     lengths = np.full(len(pages), 20, np.int32)
     shared = page_table(jnp.asarray(pages, jnp.int32), num_pages)
-    layer = store.fill(store.pool(SHAPE, num_pages), shared, tokens.k, tokens.v, jnp.asarray(np.arange(21) < lengths[:, None]))
+    pool = store.pool(SHAPE, num_pages, 8).filled(shared, tokens.k, tokens.v, jnp.asarray(np.arange(21) < lengths[:, None]))
     kv = Strategy(FULL, store).init(SHAPE, lengths, 20, 4)
-    kv = dataclasses.replace(kv.with_layer(0, dataclasses.replace(kv.layers[0], store=layer)), shared=shared, length=jnp.asarray(lengths))
+    kv = dataclasses.replace(kv.with_layer(0, dataclasses.replace(kv.layers[0], pool=pool)), table=shared, length=jnp.asarray(lengths))
     return Strategy(FULL, store), kv, tokens
 
 
@@ -222,19 +223,20 @@ def test_extents_behind_the_last_page_in_use_are_not_read(monkeypatch, pages, re
     """Nor is what stands in an extent before it that has no page in use of any consequence."""
     strategy, kv, tokens = pool_of(pages, extents=3)
     want = decode(strategy, kv, tokens).compile()(kv)
-    store = kv.layers[0].store
-    in_use = [bool(np.isin(pages, range(start, end)).any()) for start, end in store.extents]
-    k, v = (tuple(x if used else jnp.full_like(x, jnp.nan) for x, used in zip(parts, in_use, strict=True)) for parts in (store.k, store.v))
-    kv = kv.with_layer(0, dataclasses.replace(kv.layers[0], store=paged.PagedLayer(k, v)))
+    pool = kv.layers[0].pool
+    ends = np.cumsum([len(part) for part in pool.k])
+    in_use = [bool(np.isin(pages, range(end - len(part), end)).any()) for end, part in zip(ends, pool.k, strict=True)]
+    k, v = (tuple(x if used else jnp.full_like(x, jnp.nan) for x, used in zip(parts, in_use, strict=True)) for parts in (pool.k, pool.v))
+    kv = kv.with_layer(0, dataclasses.replace(kv.layers[0], pool=dataclasses.replace(pool, k=k, v=v)))
 
     visited = []
-    attend_pages = paged._attend_pages
+    attend_pages = xla_cpu._attend_pages
 
     def watched(query, k, *rest):
         jax.debug.callback(lambda: visited.append(k.shape[0]))
         return attend_pages(query, k, *rest)
 
-    monkeypatch.setattr(paged, "_attend_pages", watched)
+    monkeypatch.setattr(xla_cpu, "_attend_pages", watched)
     out = decode(strategy, kv, tokens).compile()(kv)
     jax.effects_barrier()
     assert sorted(visited) == read
@@ -255,14 +257,14 @@ def test_compiled_program_has_a_branch_for_every_extent():
 # ------------------------------------------------------------------------------------------------------------------------ the ledger
 
 
-def books(policy: Policy, store: PagedStore, lengths: list[int], steps: int):
+def books(policy: Policy, store: Store, lengths: list[int], steps: int):
     strategy = Strategy(policy, store)
     tokens = random_tokens(np.random.default_rng(0), len(lengths), max(lengths) + steps)
     return ledger(strategy, run(strategy, tokens, np.array(lengths), steps).states[-1])
 
 
 def test_ledger_of_the_full_cache():
-    found = books(FULL, PagedStore(16), [20, 12], 4)  # 24 and 16 tokens in 2 and 1 of 2 pages each
+    found = books(FULL, paged(16), [20, 12], 4)  # 24 and 16 tokens in 2 and 1 of 2 pages each
     table = (4 + 4 + 4) * 4  # page ids, owners, indices
     slot = HEADS * TOKEN
     assert found.device == Tier(live=(24 + 16) * slot, metadata=2 * 2 * 4 + table, empty=16 * slot, fragmentation=8 * slot)
@@ -272,7 +274,7 @@ def test_ledger_of_the_full_cache():
 
 
 def test_ledger_of_h2o():
-    found = books(H2O(heavy=3, recent=4), PagedStore(5), [20, 2], 1)  # 8 slots in 2 pages each; 7 tokens in both, 3 in the first
+    found = books(H2O(heavy=3, recent=4), paged(5), [20, 2], 1)  # 8 slots in 2 pages each; 7 tokens in both, 3 in the first
     table = (4 + 4 + 4) * 4
     slot = HEADS * TOKEN
     positions_scores_next = 2 * HEADS * (10 * 4 + 10 * 4 + 4)
