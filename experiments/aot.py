@@ -38,11 +38,11 @@ from importlib import metadata
 
 import jax
 import jaxlib
+from kvjax.kernels import targets
+from kvjax.kernels.targets import Target, TargetError
 
 from kvjax import kernels
 from kvjax.files import dumps, replace
-from kvjax.kernels import targets
-from kvjax.kernels.targets import Target, TargetError
 from tests.kernels import shapes
 from tests.kernels.shapes import Case
 

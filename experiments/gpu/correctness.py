@@ -13,15 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from experiments.gpu.book import Book, Record, table
-from kvjax.files import replace
 from kvjax.kernels.dispatch import Name
 from kvjax.kernels.gather import gather_rows
 from kvjax.kernels.h2o_evict import h2o_evict
 from kvjax.kernels.prefill_attention import column_mass, prefill_attention
 from kvjax.kernels.prefill_attention import mosaic_gpu as prefill_gpu
 from kvjax.kernels.speculate import speculate
+
+from experiments.gpu.book import Book, Record, table
+from kvjax.files import replace
 from tests.kernels.gather import cases as gather_cases
 from tests.kernels.h2o_evict import cases as h2o_cases
 from tests.kernels.paged_attention import cases as paged_cases

@@ -12,10 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from experiments.gpu.book import Book, Record, table
-from experiments.gpu.timing import Step, after, measure, sets_for
-from kvjax.files import replace
 from kvjax.kernels.dispatch import Name
 from kvjax.kernels.gather import gather_tokens
 from kvjax.kernels.gather import mosaic_gpu as gather_gpu
@@ -28,6 +24,10 @@ from kvjax.kernels.prefill_attention import column_mass, prefill_attention
 from kvjax.kernels.prefill_attention import mosaic_gpu as prefill_gpu
 from kvjax.kernels.speculate import mosaic_gpu as speculate_gpu
 from kvjax.kernels.speculate import speculate
+
+from experiments.gpu.book import Book, Record, table
+from experiments.gpu.timing import Step, after, measure, sets_for
+from kvjax.files import replace
 from tests.kernels import shapes
 from tests.kernels.shapes import Geometry
 

@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compute_on import compute_on
+from kvjax.kernels.gather import gather_rows
 
 from experiments.gpu import kernels
 from experiments.gpu.book import Book, Record
 from experiments.gpu.kernels import TOY, normal
 from experiments.gpu.timing import measure
 from kvjax.files import replace
-from kvjax.kernels.gather import gather_rows
 from tests.kernels import shapes
 from tests.kernels.shapes import Geometry
 

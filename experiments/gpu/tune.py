@@ -14,18 +14,18 @@ from functools import partial
 from typing import Any
 
 import jax
-
-from experiments.gpu import kernels
-from experiments.gpu.book import Book, Record, table
-from experiments.gpu.kernels import TOY, Job
-from experiments.gpu.timing import measure, sets_for
-from kvjax.files import replace
 from kvjax.kernels import dispatch, tuned
 from kvjax.kernels.gather import mosaic_gpu as gather_gpu
 from kvjax.kernels.h2o_evict import mosaic_gpu as h2o_gpu
 from kvjax.kernels.paged_attention import mosaic_gpu as paged_gpu
 from kvjax.kernels.prefill_attention import mosaic_gpu as prefill_gpu
 from kvjax.kernels.speculate import mosaic_gpu as speculate_gpu
+
+from experiments.gpu import kernels
+from experiments.gpu.book import Book, Record, table
+from experiments.gpu.kernels import TOY, Job
+from experiments.gpu.timing import measure, sets_for
+from kvjax.files import replace
 from tests.kernels import shapes
 
 GAIN = 0.98

@@ -5,12 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from kvjax.kernels.attention import Attended
 
 from kvjax.cache import H2O, Full, Policy, Selection, Store, Strategy, Streaming, parse_strategy
 from kvjax.cache.policies.base import Own, Seen
 from kvjax.cache.pool import Pool
 from kvjax.cache.tiers import Device
-from kvjax.kernels.attention import Attended
 from kvjax.testing import CHECKS, check_strategy, conformance
 
 ALL = tuple(CHECKS)

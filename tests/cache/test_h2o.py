@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from kvjax.cache import H2O, CacheShape, Strategy, tokens
 from kvjax.kernels.attention import Mask, Observe, attention
 from kvjax.kernels.attention import tokens as fresh
+
+from kvjax.cache import H2O, CacheShape, Strategy, tokens
 from kvjax.testing.driver import decode_call, kept, prefill_call
 
 KV_HEADS, HEAD_DIM = 2, 8

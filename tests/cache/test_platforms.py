@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kvjax.kernels.dispatch import Device
 
 from kvjax.cache import H2O, CacheShape, Full, InfiniGen, KVState, OracleTopK, Policy, Store, Strategy, Streaming, View, dense, host, paged
-from kvjax.kernels.dispatch import Device
 from kvjax.testing import check_strategy
 from kvjax.testing.driver import SHAPE, decode_call, random_tokens, run
 

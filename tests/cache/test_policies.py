@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kvjax.kernels.attention import Observe
 
 from kvjax.cache import H2O, TOVA, CacheShape, Full, Policy, Random, Selection, Slots, Strategy, dense, host, ledger, paged, stage, tokens
 from kvjax.cache.strategy import append
 from kvjax.errors import SpecError
-from kvjax.kernels.attention import Observe
 from kvjax.testing import check_strategy
 from kvjax.testing.driver import SHAPE, decode_call, kept, random_tokens, run
 

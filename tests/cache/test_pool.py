@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kvjax.kernels.attention import Mask, attention, xla_cpu
 
 from kvjax.cache import H2O, Full, KVState, OracleTopK, Policy, Store, Strategy, Streaming, ledger, paged
 from kvjax.cache.ledger import Tier
 from kvjax.cache.pool import extent_sizes, page_table
 from kvjax.errors import SpecError
-from kvjax.kernels.attention import Mask, attention, xla_cpu
 from kvjax.testing import CHECKS, check_strategy
 from kvjax.testing.driver import SHAPE, Tokens, decode_call, random_tokens, run
 

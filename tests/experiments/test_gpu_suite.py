@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kvjax.kernels import OPERATIONS, tuned
+from kvjax.kernels.paged_attention import mosaic_gpu as paged_gpu
 from rich.console import Console
 
 from experiments.gpu import correctness, decode, kernels, peers, probes, timing, tune
 from experiments.gpu.book import Book
-from kvjax.kernels import OPERATIONS, tuned
-from kvjax.kernels.paged_attention import mosaic_gpu as paged_gpu
 from kvjax.models.config import preset
 
 

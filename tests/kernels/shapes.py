@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-
 from kvjax.kernels.dispatch import Name
 
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from kvjax.kernels.attention import Keys, Mask, Observe, api, attention, page_table, scores, tokens, xla
 from kvjax.kernels.dispatch import UnsupportedError
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
-
 from kvjax.kernels import dispatch, targets
 from kvjax.kernels.dispatch import Implementation, Operation, UnsupportedError
 from kvjax.kernels.targets import TargetError

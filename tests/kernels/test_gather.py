@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from kvjax.kernels import dispatch
 from kvjax.kernels.gather import gather_pages, gather_rows, gather_tokens, mosaic_gpu
+
 from tests.kernels.gather import reference
 from tests.kernels.gather.cases import CASES, assert_same_bits, random_pool, run, verify
 

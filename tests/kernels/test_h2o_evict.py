@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from kvjax.cache import H2O, Strategy
 from kvjax.kernels.dispatch import UnsupportedError, interpreted
 from kvjax.kernels.h2o_evict import h2o_evict, mosaic_gpu, xla
 from kvjax.kernels.paged_attention import Statistics
+
+from kvjax.cache import H2O, Strategy
 from kvjax.testing.driver import decode_call, random_tokens, run
 from tests.kernels.h2o_evict.cases import CASES, Case, outcome, problem, verify
 

@@ -6,11 +6,11 @@ import pathlib
 import sys
 
 import pytest
+from kvjax.kernels import OPERATIONS
+from kvjax.kernels.dispatch import Operation
 
 from experiments.gpu import correctness
 from kvjax import kernels
-from kvjax.kernels import OPERATIONS
-from kvjax.kernels.dispatch import Operation
 
 PACKAGE = pathlib.Path(kernels.__path__[0])
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-
 from kvjax.kernels import dispatch
 from kvjax.kernels.paged_attention import api, dense_attention, mosaic_gpu, mosaic_tpu, paged_attention
 from kvjax.kernels.paged_attention.base import NEG_INF
+
 from tests.kernels.paged_attention.cases import CASES, Case, arguments, check, expected, padded, run, supported, verify
 from tests.kernels.proof import TOLERANCE, somehow
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from kvjax.kernels.attention import Mask, Observe, attention, tokens
 from kvjax.kernels.dispatch import UnsupportedError
 from kvjax.kernels.prefill_attention import api, column_mass, mosaic_gpu, mosaic_tpu, prefill_attention, xla
 from kvjax.kernels.prefill_attention.mosaic_gpu import Config
+
 from tests.kernels.prefill_attention import reference
 from tests.kernels.prefill_attention.cases import (
     BLOCK,

@@ -5,9 +5,9 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from kvjax.kernels.dispatch import UnsupportedError
 from kvjax.kernels.speculate import mosaic_gpu, speculate
+
 from tests.kernels.speculate import reference
 from tests.kernels.speculate.cases import CASES, Case, call, problem, verify
 

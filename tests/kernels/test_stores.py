@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kvjax.kernels import dispatch
+from kvjax.kernels.attention import Mask, Observe, attention
+from kvjax.kernels.prefill_attention import mosaic_gpu
 
 from kvjax import score
 from kvjax.cache import CacheShape, dense, parse_strategy
 from kvjax.generation import as_strategy, run_prefill
-from kvjax.kernels import dispatch
-from kvjax.kernels.attention import Mask, Observe, attention
-from kvjax.kernels.prefill_attention import mosaic_gpu
 from kvjax.models import BUNDLED, Model, ModelConfig, parameters
 from tests.kernels.prefill_attention.cases import MASS_TOLERANCE, WARPGROUPS
 from tests.kernels.proof import TOLERANCE

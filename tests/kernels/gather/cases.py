@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from kvjax.kernels.dispatch import Name
 from kvjax.kernels.gather import gather_rows
+
 from tests.kernels.gather import reference
 from tests.kernels.proof import somehow
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from functools import partial
 
 import jax.numpy as jnp
-
 from kvjax.kernels.gather import gather_pages, gather_tokens
+
 from tests.kernels import shapes
 from tests.kernels.shapes import Case, array
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import numpy as np
-
 from kvjax.kernels.dispatch import Name
 from kvjax.kernels.h2o_evict import h2o_evict
 from kvjax.kernels.paged_attention import Statistics
+
 from tests.kernels.h2o_evict import reference
 from tests.kernels.proof import somehow
 

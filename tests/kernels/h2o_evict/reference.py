@@ -1,7 +1,6 @@
 """H2O's eviction as the loop that kernels/h2o_evict/api.py describes, in NumPy and float32: what every implementation is tested against."""
 
 import numpy as np
-
 from kvjax.kernels.paged_attention import Statistics
 
 

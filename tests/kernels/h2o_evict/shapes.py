@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
-
 from kvjax.kernels.dispatch import Name
 from kvjax.kernels.h2o_evict import h2o_evict
 from kvjax.kernels.paged_attention import Statistics
+
 from tests.kernels import shapes
 from tests.kernels.shapes import Case, Geometry
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from kvjax.kernels import dispatch
 from kvjax.kernels.paged_attention import Statistics, paged_attention, pool_dim
+
 from tests.kernels.paged_attention import reference
 from tests.kernels.proof import TOLERANCE, somehow
 

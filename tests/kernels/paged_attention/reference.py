@@ -1,7 +1,6 @@
 """Paged decode attention, as it is defined: one row, one query head and one slot after the other, float32, NumPy."""
 
 import numpy as np
-
 from kvjax.kernels.paged_attention.base import NEG_INF
 
 

@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-
 from kvjax.kernels.dispatch import Name
 from kvjax.kernels.paged_attention import paged_attention, pool_dim
+
 from tests.kernels import shapes
 from tests.kernels.shapes import Case, Geometry, array
 

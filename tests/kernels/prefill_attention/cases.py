@@ -6,9 +6,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from kvjax.kernels.dispatch import Name
 from kvjax.kernels.prefill_attention import column_mass, prefill_attention
+
 from tests.kernels.prefill_attention import reference
 from tests.kernels.proof import TOLERANCE, somehow
 

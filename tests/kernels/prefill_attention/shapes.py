@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
-
 from kvjax.kernels.dispatch import Name
 from kvjax.kernels.prefill_attention import column_mass, prefill_attention
+
 from tests.kernels import shapes
 from tests.kernels.shapes import Case, Geometry, array
 

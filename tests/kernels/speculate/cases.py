@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from kvjax.kernels.dispatch import Name
 from kvjax.kernels.speculate import speculate
 from kvjax.kernels.speculate.base import GroupJoin, Speculation
+
 from tests.kernels.proof import somehow
 from tests.kernels.speculate import reference
 

@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator
 
 import jax.numpy as jnp
-
 from kvjax.kernels.dispatch import Name
 from kvjax.kernels.speculate import speculate
+
 from tests.kernels import shapes
 from tests.kernels.shapes import Case, Geometry, array
 
