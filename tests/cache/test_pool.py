@@ -200,7 +200,9 @@ def pool_of(pages: list[list[int]], extents: int, num_pages: int = 64) -> tuple[
     tokens = random_tokens(np.random.default_rng(1), len(pages), 21)
     lengths = np.full(len(pages), 20, np.int32)
     shared = page_table(jnp.asarray(pages, jnp.int32), num_pages)
-    pool = store.pool(SHAPE, num_pages, 8).filled(shared, tokens.k, tokens.v, jnp.asarray(np.arange(21) < lengths[:, None]))
+    pool = store.pool(SHAPE, num_pages, 8).filled(
+        shared, jnp.asarray(tokens.k), jnp.asarray(tokens.v), jnp.asarray(np.arange(21) < lengths[:, None])
+    )
     kv = Strategy(FULL, store).init(SHAPE, lengths, 20, 4)
     kv = dataclasses.replace(kv.with_layer(0, dataclasses.replace(kv.layers[0], pool=pool)), table=shared, length=jnp.asarray(lengths))
     return Strategy(FULL, store), kv, tokens
