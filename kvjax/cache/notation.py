@@ -39,9 +39,12 @@ class Call:
 
 def split(text: str, separator: str) -> list[str]:
     """The parts of a text between separators that stand outside parentheses and quotes, without the space around them."""
-    parts, depth, quote, current = [], 0, "", ""
+    parts, depth, quote, escaped, current = [], 0, "", False, ""
     for char in text:
-        if quote:
+        if escaped:
+            escaped = False
+        elif quote:
+            escaped = char == "\\"
             quote = "" if char == quote else quote
         elif char in "'\"":
             quote = char

@@ -291,6 +291,14 @@ def test_every_policy_and_every_store_takes_part():
     assert STORES.keys() == STORES_MADE.keys()
 
 
+@pytest.mark.parametrize("word", ["'\"", "\\", "\\'", "a\\\\", "',\"(", "\n"])
+def test_quotes_and_backslashes_in_a_word_end_nothing(word):
+    strategy = Strategy(Worded(1, word, extra=word), paged(16))
+    text = strategy.describe()
+    assert split_specs(f"{text},full,{text}") == [text, "full", text]
+    assert parse_strategy(text) == strategy
+
+
 @pytest.mark.parametrize(("policy", "store"), PAIRS)
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
