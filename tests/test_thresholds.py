@@ -151,7 +151,11 @@ def test_late_positions():
         ("bytes", InfiniGen(budget=0.8, full_layers=1, sinks=1, recent=2)),
         ("opt", InfiniGen(budget=0.8, full_layers=1, sinks=1, recent=2)),
         pytest.param("bytes", InfiniGen(budget=9, full_layers=2, group="max", sinks=2, recent=2), marks=pytest.mark.slow),
-        ("opt", InfiniGen(budget=0.6, full_layers=0, group="mean", columns="union", partial=0.3, correction=False)),
+        pytest.param(
+            "opt",
+            InfiniGen(budget=0.6, full_layers=0, group="mean", columns="union", partial=0.3, correction=False),
+            marks=pytest.mark.slow,
+        ),
         pytest.param("bytes", InfiniGenPaper(budget=0.5, full_layers=1), marks=pytest.mark.slow),
     ],
 )
@@ -249,6 +253,7 @@ def test_alpha_takes_the_place_of_a_loss(deep, calibrations):
             for_loss(other, has)
 
 
+@pytest.mark.slow
 def test_a_stated_loss_holds_on_other_text():
     model = load_model("kvjax-1m")
     policy = InfiniGen(loss=0.2, budget=0.5)

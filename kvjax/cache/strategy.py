@@ -302,8 +302,10 @@ class Strategy:
         if index + 1 == len(kv.layers):
             return None
         layer = kv.layer(index + 1)
-        if policy.selects == "last" or policy.selects == "step":
-            return self._chosen(layer, layer.queries, kv, active) if policy.selects == "last" else None
+        if policy.selects == "step":
+            return None
+        if policy.selects == "last":
+            return self._chosen(layer, layer.queries, kv, active)
         if policy.selects == "ahead" and policy.selects_by(layer.own):
             with jax.named_scope("select"):
                 guessed = queries()
@@ -402,12 +404,12 @@ class Strategy:
         visible: Any = layer.position
         chosen = None
         if ahead is not None or self.policy.selects == "keys":
-            held = positions(layer, kv, 1) >= 0
+            where = positions(layer, kv, 1)
             if ahead is not None:
                 chosen = marked(ahead.slot, capacity) | (jnp.arange(capacity) == slot[..., None])
             else:
-                chosen = self._by_keys(scores(q, keys), positions(layer, kv, 1), kv)
-            visible = chosen & held
+                chosen = self._by_keys(scores(q, keys), where, kv)
+            visible = chosen & (where >= 0)
         mask = Mask(kv.length[:, None], visible, self._in_use(layer, slot, kv, active))
         fuses = self._fuses(layer)
         found = attention(q, keys, mask, observe=() if fuses else self.observes, residuals=fuses)

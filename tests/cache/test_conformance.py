@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import pytest
 from kvjax.kernels.attention import Attended
 
-from kvjax.cache import H2O, Full, Policy, Selection, Store, Strategy, Streaming, parse_strategy
+from kvjax.cache import H2O, Full, Policy, Selection, Store, Strategy, Streaming, dense, parse_strategy
 from kvjax.cache.policies.base import Own, Seen
 from kvjax.cache.pool import Pool
 from kvjax.cache.tiers import Device
 from kvjax.testing import CHECKS, check_strategy, conformance
+from tests.cache.kit import assert_conforms, further
 
 ALL = tuple(CHECKS)
 WHAT_IS_KEPT = ("equals_masked_full_attention", "budget_holds_and_nothing_returns", "chunks_change_nothing", "odd_lengths")
+FURTHER = {"h2o(heavy=8,recent=8,decode=False)", "h2o(heavy=8,recent=8,group=first)", "h2o(heavy=0.1,recent=0.2)", "random(budget=12)"}
 STRATEGIES = {
     "full": ALL,
     "streaming(sinks=4,window=12)": ALL,
@@ -29,16 +31,11 @@ STRATEGIES = {
     "oracle_topk(k=6)": ALL,
     "oracle_topk(k=0.2)": ("equals_masked_full_attention", "odd_lengths"),
 }
-KEEPS_EVERYTHING = {"budget_holds_and_nothing_returns", "protected_survive_ties", "bounded_chunks_stay_bounded"}
 
 
-@pytest.mark.parametrize("spec", STRATEGIES)
+@pytest.mark.parametrize("spec", [*(spec for spec in STRATEGIES if spec not in FURTHER), *further(sorted(FURTHER))])
 def test_built_in_strategy_conforms(spec):
-    checks, strategy = STRATEGIES[spec], parse_strategy(spec, "dense")
-    report = check_strategy(strategy, checks=checks)
-    assert [outcome.name for outcome in report.outcomes] == list(checks)
-    skipped = {outcome.name for outcome in report.outcomes if outcome.skipped}
-    assert skipped == (KEEPS_EVERYTHING & set(checks) if not strategy.policy.evicts else set())
+    assert_conforms(parse_strategy(spec).policy, dense(), STRATEGIES[spec])
 
 
 @dataclasses.dataclass(frozen=True)

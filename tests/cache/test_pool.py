@@ -14,8 +14,9 @@ from kvjax.cache import H2O, Full, KVState, OracleTopK, Policy, Store, Strategy,
 from kvjax.cache.ledger import Tier
 from kvjax.cache.pool import extent_sizes, page_table
 from kvjax.errors import SpecError
-from kvjax.testing import CHECKS, check_strategy
+from kvjax.testing import CHECKS
 from kvjax.testing.driver import SHAPE, Tokens, decode_call, random_tokens, run
+from tests.cache.kit import assert_conforms, further
 
 TOLERANCE = 2e-5
 HEADS = SHAPE.num_kv_heads
@@ -34,18 +35,22 @@ CASES: list[tuple[Policy, Store, tuple[str, ...]]] = [
     (HEAVY, paged(16), QUICK),
     (STREAMING, paged(16), LAYOUT),
     (TOP, paged(16), LAYOUT),
-    *((policy, paged(8, extents=3), LAYOUT) for policy in (FULL, HEAVY, TOP)),
+    (HEAVY, paged(8, extents=3), LAYOUT),
+    (TOP, paged(8, extents=3), LAYOUT),
+]
+FURTHER: list[tuple[Policy, Store, tuple[str, ...]]] = [
+    (FULL, paged(8, extents=3), LAYOUT),
     (HEAVY, paged(64, extents=3), ("equals_masked_full_attention", DONATION)),
 ]
-KEEPS_EVERYTHING = {"budget_holds_and_nothing_returns", "protected_survive_ties", "bounded_chunks_stay_bounded"}
 
 
-@pytest.mark.parametrize(("policy", "store", "checks"), CASES, ids=[f"{p.describe()}-{s.page_size}x{s.extents}" for p, s, _ in CASES])
+@pytest.mark.parametrize(
+    ("policy", "store", "checks"),
+    [*CASES, *further(FURTHER)],
+    ids=[f"{p.describe()}-{s.page_size}x{s.extents}" for p, s, _ in (*CASES, *FURTHER)],
+)
 def test_built_in_policy_conforms(policy, store, checks):
-    report = check_strategy(policy, store, checks=checks)
-    assert [outcome.name for outcome in report.outcomes] == list(checks)
-    skipped = {outcome.name for outcome in report.outcomes if outcome.skipped}
-    assert skipped == (KEEPS_EVERYTHING & set(checks) if not policy.evicts else set())
+    assert_conforms(policy, store, checks)
 
 
 # -------------------------------------------------------------------------------------------------------------------- shared pages

@@ -13,8 +13,8 @@ from kvjax.cache.pool import page_table
 from kvjax.cache.strategy import _joined
 from kvjax.cache.tiers import Ahead, Host
 from kvjax.errors import SpecError
-from kvjax.testing import check_strategy
 from kvjax.testing.driver import SHAPE, decode_call, guide, random_tokens, run
+from tests.cache.kit import assert_conforms, further
 
 FULL, STREAMING, HEAVY, TOP = Full(), Streaming(sinks=4, window=12), H2O(heavy=8, recent=8), OracleTopK(6)
 GUESS, LIMITED = InfiniGen(alpha=2.0, budget=8, full_layers=0), InfiniGen(alpha=2.0, budget=6, pool=16, full_layers=0)
@@ -27,17 +27,18 @@ CASES: list[tuple[Policy, Store, tuple[str, ...]]] = [
     (FULL, JIT, ("chunks_change_nothing", "inactive_rows_are_untouched", "unused_memory_never_leaks", "no_retrace", "ledger_adds_up")),
     (HEAVY, JIT, LAYOUT),
     (STREAMING, DEVICE, LAYOUT),
-    (TOP, DEVICE, (*LAYOUT, "donation_leaves_no_copy")),
+    (TOP, DEVICE, LAYOUT),
 ]
-KEEPS_EVERYTHING = {"budget_holds_and_nothing_returns", "protected_survive_ties", "bounded_chunks_stay_bounded"}
+FURTHER: list[tuple[Policy, Store, tuple[str, ...]]] = [(TOP, DEVICE, ("donation_leaves_no_copy",))]
 
 
-@pytest.mark.parametrize(("policy", "store", "checks"), CASES, ids=[f"{p.describe()}-{s.options['transfer']}" for p, s, _ in CASES])
+@pytest.mark.parametrize(
+    ("policy", "store", "checks"),
+    [*CASES, *further(FURTHER)],
+    ids=[f"{p.describe()}-{s.options['transfer']}-{len(c)}" for p, s, c in (*CASES, *FURTHER)],
+)
 def test_built_in_policy_conforms(policy, store, checks):
-    report = check_strategy(policy, store, checks=checks)
-    assert [outcome.name for outcome in report.outcomes] == list(checks)
-    skipped = {outcome.name for outcome in report.outcomes if outcome.skipped}
-    assert skipped == (KEEPS_EVERYTHING & set(checks) if not policy.evicts else set())
+    assert_conforms(policy, store, checks)
 
 
 # ----------------------------------------------------------------------------------------------------------- transfers agree exactly
