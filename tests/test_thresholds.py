@@ -148,7 +148,7 @@ def test_late_positions():
 @pytest.mark.parametrize(
     ("name", "policy"),
     [
-        ("bytes", InfiniGen(budget=0.8, full_layers=1, sinks=1, recent=2)),
+        pytest.param("bytes", InfiniGen(budget=0.8, full_layers=1, sinks=1, recent=2), marks=pytest.mark.slow),
         ("opt", InfiniGen(budget=0.8, full_layers=1, sinks=1, recent=2)),
         pytest.param("bytes", InfiniGen(budget=9, full_layers=2, group="max", sinks=2, recent=2), marks=pytest.mark.slow),
         pytest.param(

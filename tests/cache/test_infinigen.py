@@ -442,6 +442,7 @@ def test_ample_generates_as_the_full_cache_token_for_token(byte_model):
     assert kvjax.generate(ready, prompts, strategy=strategy, **arguments).tokens == kvjax.generate(byte_model, prompts, **arguments).tokens
 
 
+@pytest.mark.slow
 def test_limited_pool_in_chunks_generates_as_in_one_call(byte_model):
     strategy = Strategy(InfiniGenPaper(alpha=2.0, budget=6, pool=0.5, full_layers=1), host("device"))
     prompts = [list(range(40, 70)), list(range(60, 80))]

@@ -46,6 +46,7 @@ def test_calls_give_what_unrolled_layers_give(models, spec):
     np.testing.assert_allclose(x, y, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_chunks_and_an_audit_by_calls(models):
     strategy, unrolled, calls = models(SPECS[3])
     ids = np.random.default_rng(2).integers(0, 256, (2, 24))
