@@ -11,7 +11,6 @@ from kvjax.kernels.dispatch import Device
 from kvjax.cache import H2O, CacheShape, Full, InfiniGen, KVState, OracleTopK, Policy, Store, Strategy, Streaming, View, dense, host, paged
 from kvjax.testing import check_strategy
 from kvjax.testing.driver import SHAPE, decode_call, random_tokens, run
-from tests.cache.kit import further
 
 FULL, STREAMING, HEAVY, TOP = Full(), Streaming(sinks=4, window=12), H2O(heavy=8, recent=8), OracleTopK(6)
 DENSE, PAGES, LONG_PAGES = dense().on("gpu"), paged(16).on("gpu"), paged(256).on("gpu")
@@ -31,16 +30,13 @@ CASES: list[tuple[Policy, Store, tuple[str, ...]]] = [
     (HEAVY, LONG_PAGES, (KEPT,)),
     (HEAVY, host("device").on("gpu"), (KEPT,)),
     (InfiniGen(alpha=2.0, budget=8, full_layers=0), host("device").on("gpu"), (UNUSED,)),
-]
-FURTHER: list[tuple[Policy, Store, tuple[str, ...]]] = [
     (TOP, PAGES, (KEPT,)),
     (InfiniGen(alpha=2.0, budget=6, pool=12, full_layers=0), host("jit").on("gpu"), (KEPT,)),
 ]
 
 
-@pytest.mark.parametrize(
-    ("policy", "store", "checks"), [*CASES, *further(FURTHER)], ids=[f"{p.describe()}-{s.name}" for p, s, _ in (*CASES, *FURTHER)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "store", "checks"), CASES, ids=[f"{p.describe()}-{s.name}" for p, s, _ in CASES])
 def test_conforms(policy, store, checks):
     report = check_strategy(policy, store, checks=checks)
     assert [outcome.skipped for outcome in report.outcomes] == [None] * len(checks)
